@@ -1,0 +1,18 @@
+"""Errors a user can cause, each one clear line: the value, what was expected, the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input. The message is one line that names the value, what was expected and how to fix it."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:
+    """An InputError for a name that is not in ``known``, with the nearest names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return InputError(f"unknown {kind} {name!r}: {hint}known: {', '.join(known)}")
