@@ -1,0 +1,1 @@
+"""Training: one function a model, frozen configuration in, module out, resumable."""
