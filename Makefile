@@ -1,0 +1,43 @@
+# Every target sets itself up: `make quickstart`, `make test` or `make lint` on a fresh clone is enough.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# MNIST: the variable ABSYNTH_DATA wins; otherwise a folder of it at hand; otherwise absynth downloads it.
+ifndef ABSYNTH_DATA
+ABSYNTH_DATA := $(firstword $(abspath $(wildcard ../shared/mnist data/mnist)))
+endif
+ifneq ($(ABSYNTH_DATA),)
+export ABSYNTH_DATA
+endif
+
+.PHONY: help setup quickstart test lint format
+help:
+	@echo "make setup       install absynth and its tools into .venv"
+	@echo "make quickstart  classify test images with every model, write a page that explains one"
+	@echo "make test        run the tests"
+	@echo "make lint        ruff check, ruff format --check, mypy --strict"
+	@echo "make format      let ruff format the code and sort the imports"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "absynth needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)
+	$(BIN)/absynth quickstart
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix --select I .
+	$(BIN)/ruff format .

@@ -1,0 +1,41 @@
+"""Fixtures every test can ask for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+torch.set_num_threads(2)  # more only oversubscribes the small machines the tests run on
+
+Split = tuple[Tensor, Tensor]
+
+
+def _mnist(split: str) -> Split:
+    """MNIST where it is at hand. Continuous integration fails without it; elsewhere the test is skipped."""
+    from absynth import data
+
+    if not data.at_hand("mnist", split) and not os.environ.get("CI"):
+        pytest.skip("MNIST is not at hand: set ABSYNTH_DATA to a folder with its four files")
+    return data.load("mnist", split)
+
+
+@pytest.fixture(scope="session")
+def mnist_train() -> Split:
+    """The 60,000 training images (N,1,28,28) float32 in [0, 1] and labels (N,) int64. Read only: shared by all tests."""
+    return _mnist("train")
+
+
+@pytest.fixture(scope="session")
+def mnist_test() -> Split:
+    """The 10,000 test images and labels, like ``mnist_train``."""
+    return _mnist("test")
+
+
+@pytest.fixture
+def generator() -> Callable[[int], torch.Generator]:
+    """A seeded generator: ``generator(3)``."""
+    return lambda seed=0: torch.Generator().manual_seed(seed)
