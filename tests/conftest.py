@@ -25,7 +25,7 @@ def _mnist(split: str) -> Split:
 
 @pytest.fixture(scope="session")
 def mnist_train() -> Split:
-    """The 60,000 training images (N,1,28,28) float32 in [0, 1] and labels (N,) int64. Read only: shared by all tests."""
+    """The 60,000 training images (N,1,28,28) float32 in [0, 1] and labels (N,) int64. Shared, so read only."""
     return _mnist("train")
 
 

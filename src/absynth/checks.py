@@ -1,0 +1,53 @@
+"""The check of an image batch that every model makes first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from absynth.errors import InputError
+
+
+def check_images(images: Tensor, *, channels: int = 1, size: int | None = 28) -> None:
+    """Raise InputError unless ``images`` is a non-empty float32 batch (B, channels, size, size) with values in [0, 1].
+
+    ``size=None`` takes any height and width. Costs one pass over the values (their minimum and maximum; NaN shows up
+    in either) and, on an accelerator, one synchronization.
+    """
+    side = "size" if size is None else size
+    expected = f"a float32 batch (B, {channels}, {side}, {side}) with values in [0, 1]"
+    if not isinstance(images, Tensor):
+        raise InputError(f"images is a {type(images).__name__}, expected {expected}: use torch.as_tensor(images)")
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        hint = (
+            "add the missing axes, e.g. images[None] or images[:, None]"
+            if images.ndim < 4
+            else "flatten the batch axes"
+        )
+        raise InputError(f"images has shape {shape}, expected {expected}: {hint}")
+    if shape[0] == 0:
+        raise InputError(f"images is an empty batch of shape {shape}: give at least one image")
+    if shape[1] != channels:
+        hint = "images.permute(0, 3, 1, 2)" if shape[3] == channels else "convert the pictures first"
+        raise InputError(f"images has shape {shape} and so {shape[1]} channels, expected {expected}: {hint}")
+    if shape[2] == 0 or shape[3] == 0 or (size is not None and shape[2:] != (size, size)):
+        raise InputError(
+            f"images has shape {shape}, expected {expected}: resize them, or use absynth.data.load_picture"
+        )
+    if images.dtype != torch.float32:
+        hint = (
+            "images.float()" if images.dtype.is_floating_point else "images.float() / 255 if they are 8-bit gray values"
+        )
+        raise InputError(f"images has dtype {images.dtype}, expected {expected}: {hint}")
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
+    if low != low or high != high:
+        raise InputError(f"images contains NaN, expected {expected}: remove or repair those images")
+    if low < 0 or high > 1:
+        if low >= 0 and high <= 255 and high > 2:
+            hint = "divide by 255"
+        elif low >= -1 and high <= 1:
+            hint = "if they were scaled to [-1, 1], use (images + 1) / 2"
+        else:
+            hint = "undo any normalization, or use images.clamp(0, 1)"
+        raise InputError(f"images has values from {low:.4g} to {high:.4g}, expected {expected}: {hint}")

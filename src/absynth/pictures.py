@@ -1,0 +1,121 @@
+"""Pictures of any size, mode and color, brought to the form of MNIST: white ink on black, centered by its mass.
+
+MNIST's own preparation (LeCun et al. 1998): the digit is scaled, keeping its proportions, to fit a box of 20×20 pixels
+and placed in the 28×28 image so that its center of mass is the image's center. S is the image's side in pixels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+
+from absynth.errors import InputError
+
+LEAST_CONTRAST = 0.06  # of white minus black: what differs less from the background than this is no ink
+PAPER_NOISE = 0.1  # of the strongest ink: paper grain and compression artifacts stay below
+BOX = 20 / 28  # the side of the box the ink is scaled to, as a part of the image's
+
+
+def load_picture(path: str | Path, image_size: int = 28) -> Tensor:
+    """The picture in a file as float32 (1, S, S) in [0, 1], white ink on black, as MNIST's images are.
+
+    A gray picture of exactly S×S pixels is already framed: it is returned as it is (value / 255), or inverted if its
+    border is bright. In any other picture, ink is what differs in color from the border, dark on bright or bright on
+    dark: it is cropped, scaled to the box and centered by mass. Transparent pixels count as background. The picture
+    should be evenly lit and show one digit and little else: a shadow, or a speck far from the digit, counts as ink too.
+
+    Raises InputError if the file cannot be read, is no picture or too large, or is blank.
+    """
+    path = Path(path)
+    rgb = _read_rgb(path)
+    height, width, _ = rgb.shape
+    gray = bool((rgb == rgb[:, :, :1]).all())
+    border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])  # (2·height + 2·width, 3)
+    paper = np.median(border, axis=0)
+    if gray and (height, width) == (image_size, image_size):
+        framed = torch.from_numpy(rgb[:, :, 0].copy())[None]
+        return 1 - framed if paper[0] > 0.5 else framed
+
+    ink = np.abs(rgb - paper.astype(np.float32)).max(axis=2)  # (height, width)
+    strongest = float(ink.max())
+    if strongest < LEAST_CONTRAST:
+        raise InputError(f"{path} is blank: nothing in it differs from its border; give a picture of one digit")
+    ink = np.where(ink > PAPER_NOISE * strongest, ink / strongest, 0)
+    return frame(torch.from_numpy(_crop(ink)), image_size)[None]
+
+
+def frame(ink: Tensor, image_size: int = 28) -> Tensor:
+    """Scale ``ink``, float32 (h, w) in [0, 1], to the box, its longer side first, and center it by mass in (S, S)."""
+    box = round(BOX * image_size)
+    height, width = ink.shape
+    scale = box / max(height, width)
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    small = F.interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0].clamp(0, 1)
+    small = small / small.max()  # a thin line grows faint when it is scaled down
+    return center(small, image_size)
+
+
+def center(ink: Tensor, image_size: int = 28) -> Tensor:
+    """Place ``ink`` (h, w) in a black (S, S) image, its center of mass to the nearest pixel on pixel S/2, as MNIST does.
+
+    ``ink`` must fit: h, w ≤ S.
+    """
+    canvas = ink.new_zeros(image_size, image_size)
+    total = ink.sum().clamp_min(1e-12)
+    corner = []
+    for axis, length in enumerate(ink.shape):
+        mean = float((ink.sum(dim=1 - axis) * torch.arange(length)).sum() / total)
+        corner.append(min(max(round(image_size / 2 - mean), 0), image_size - length))  # all of the ink stays inside
+    top, left = corner
+    canvas[top : top + ink.shape[0], left : left + ink.shape[1]] = ink
+    return canvas
+
+
+def _crop(ink: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The smallest rectangle that holds all ink."""
+    rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))
+    return np.ascontiguousarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], dtype=np.float32)
+
+
+def _read_rgb(path: Path) -> NDArray[np.float32]:
+    """The picture's colors, float32 (height, width, 3) in [0, 1], upright, its transparent parts filled."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as file:
+                file.load()
+                picture = ImageOps.exif_transpose(file)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} has too many pixels ({error}): scale it down first") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not a picture: give a PNG, JPEG, GIF, BMP, TIFF or WebP file") from error
+    except FileNotFoundError as error:
+        raise InputError(f"no picture at {path}: check the path") from error
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow reports broken files with all three
+        raise InputError(f"cannot read the picture {path} ({error}): save it again as PNG") from error
+
+    if picture.mode[0] in "IF":  # 16 or 32 bits a pixel, or floating point: only the contrast matters
+        values = np.asarray(picture, dtype=np.float64)
+        low, high = values.min(), values.max()
+        if not np.isfinite(high - low):
+            raise InputError(f"{path} contains NaN or infinite values: save it again as an 8-bit PNG")
+        scaled = ((values - low) / max(high - low, 1e-12)).astype(np.float32)
+        return np.repeat(scaled[:, :, None], 3, axis=2)
+    if picture.mode == "LAB":
+        picture = picture.convert("RGB")
+    rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
+    rgb, alpha = rgba[:, :, :3], rgba[:, :, 3:]
+    if bool((alpha == 1).all()):
+        return rgb
+    if not bool(alpha.any()):
+        raise InputError(f"{path} is blank: all of it is transparent; give a picture of one digit")
+    # What is transparent is background: put white below dark ink, black below bright ink.
+    brightness = float((rgb.mean(axis=2, keepdims=True) * alpha).sum() / alpha.sum())
+    return rgb * alpha + (1 - alpha) * np.float32(brightness < 0.5)
