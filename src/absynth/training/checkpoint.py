@@ -7,7 +7,7 @@ either the previous checkpoint or the new one, never a half. Nothing is unpickle
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -16,7 +16,6 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from absynth.errors import InputError
@@ -46,10 +45,13 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: Mappi
             f"cannot write checkpoint {path}: {error.strerror or error}; choose a writable folder with free space"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)  # already gone after the rename; left over after a failure or Ctrl-C
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # gone after the rename; left over after a failure or Ctrl-C
 
 
-def load_checkpoint(path: str | Path, *, expect: Mapping[str, Any] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+def load_checkpoint(
+    path: str | Path, *, expect: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The (tensors, meta) that ``save_checkpoint`` wrote to ``path``, on the CPU; None if there is no such file.
 
     ``expect`` names entries that meta must hold with these values, e.g. the configuration and the data digest, so that
@@ -73,12 +75,3 @@ def load_checkpoint(path: str | Path, *, expect: Mapping[str, Any] | None = None
         if meta.get(key) != value:
             raise InputError(f"checkpoint {path} has {key} {meta.get(key)!r}, this training has {value!r}: {fix}")
     return tensors, meta
-
-
-def digest(*tensors: Tensor) -> str:
-    """SHA-256, in hexadecimal, of the shapes, types and contents of the tensors: names the data a model was trained on."""
-    total = hashlib.sha256()
-    for tensor in tensors:
-        total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return total.hexdigest()

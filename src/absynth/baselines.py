@@ -1,0 +1,193 @@
+"""The networks ABS is compared with. Each is a Classifier: float32 images (B,C,S,S) in [0,1] -> logits (B,K).
+
+In eval mode all are pure functions of the image: the logits of an image do not depend on its batch beyond float32
+rounding (1e-4 at most for the networks, whose matrix products sum in an order that varies with the batch size).
+
+Source: Schott et al. 2019 (arXiv 1805.09190), appendix, and the layer sizes of the authors' released code.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from absynth.checks import check_images
+from absynth.errors import InputError
+
+
+class CNN(nn.Module):
+    """The plain convolutional network of the paper.
+
+    Kernels 5, 4, 3, 5 with strides 1, 2, 2, 1; batch norm and ELU after the first three.
+
+    ``maps`` (20, 70, 256) is the paper's CNN, (32, 32, 64) its transfer CNN, the source of transfer attacks. The last
+    kernel covers what is left of the image, 5 pixels of 28, so that other image sizes work as well.
+
+    Images float32 (B, channels, image_size, image_size) in [0,1] -> logits (B, classes). Other input: InputError.
+    """
+
+    def __init__(
+        self,
+        maps: tuple[int, int, int] = (20, 70, 256),
+        classes: int = 10,
+        channels: int = 1,
+        image_size: int = 28,
+    ) -> None:
+        super().__init__()
+        if image_size < 14:
+            raise InputError(f"image_size is {image_size}; the CNN needs at least 14 pixels a side: enlarge the images")
+        self.maps, self.classes, self.channels, self.image_size = tuple(maps), classes, channels, image_size
+        side = image_size - 4  # after kernel 5, stride 1: 24 of 28
+        side = (side - 4) // 2 + 1  # kernel 4, stride 2: 11
+        side = (side - 3) // 2 + 1  # kernel 3, stride 2: 5
+        self.conv_0 = nn.Conv2d(channels, maps[0], 5)
+        self.bn_0 = nn.BatchNorm2d(maps[0])
+        self.conv_1 = nn.Conv2d(maps[0], maps[1], 4, stride=2)
+        self.bn_1 = nn.BatchNorm2d(maps[1])
+        self.conv_2 = nn.Conv2d(maps[1], maps[2], 3, stride=2)
+        self.bn_2 = nn.BatchNorm2d(maps[2])
+        self.conv_3 = nn.Conv2d(maps[2], classes, side)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images, channels=self.channels, size=self.image_size)
+        hidden = F.elu(self.bn_0(self.conv_0(images)))  # (B,20,24,24)
+        hidden = F.elu(self.bn_1(self.conv_1(hidden)))  # (B,70,11,11)
+        hidden = F.elu(self.bn_2(self.conv_2(hidden)))  # (B,256,5,5)
+        logits: Tensor = self.conv_3(hidden).flatten(1)  # (B,K,1,1) -> (B,K)
+        return logits
+
+
+class Binarized(nn.Module):
+    """A classifier of the thresholded image: ``classifier`` sees 1 where a pixel is >= ``threshold``, else 0.
+
+    With the CNN inside, trained so, this is the paper's Binary CNN. The forward pass is exact. The true gradient is
+    zero almost everywhere; autograd is given the straight-through one instead, d(logits)/d(thresholded image), so that
+    gradient attacks have a direction to follow.
+    """
+
+    def __init__(self, classifier: nn.Module, threshold: float = 0.5) -> None:
+        super().__init__()
+        if not 0 < threshold < 1:
+            raise InputError(f"threshold is {threshold}; it must lie between 0 and 1, like the pixels: use 0.5")
+        self.classifier = classifier
+        self.threshold = threshold
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images, channels=images.shape[1] if images.ndim == 4 else 1, size=None)
+        logits: Tensor = self.classifier(_threshold(images, self.threshold))
+        return logits
+
+
+def _threshold(images: Tensor, threshold: float) -> Tensor:
+    """images >= threshold as exactly 0.0 or 1.0; the gradient passes through unchanged."""
+    binary = (images >= threshold).to(images.dtype)
+    if not images.requires_grad:
+        return binary
+    # images - images.detach() is exactly 0, with gradient 1
+    return binary + (images - images.detach())
+
+
+class NearestNeighbor(nn.Module):
+    """logit_c = minus the smallest L2 distance to a training image of class c.
+
+    ``images`` float32 (N,C,S,S) in [0,1] and ``labels`` (N,) are the training set; images are kept rounded to 256
+    gray levels, which changes nothing for the MNIST family. Labels are 0 ... K-1 and every class needs an image.
+
+    The nearest images are found by one matrix product a chunk; the distances to them are then taken as differences in
+    float64, so that the answer neither depends on the batch nor loses digits when an image lies close to a stored one.
+    The gradient is that of the distance to the selected image: exact wherever the nearest image is unique.
+
+    Memory: N*C*S*S*5 bytes (235 MB for MNIST's 60,000), and 4*N bytes for each image of a chunk.
+    """
+
+    images: Tensor  # (N,C,S,S) uint8, sorted by class
+    labels: Tensor  # (N,) int64, ascending
+    _points: Tensor  # (N,P) float32 in [0,1]: the images, flat
+    _half_norms: Tensor  # (N,) float32: ||p||^2 / 2
+
+    chunk_size = 64  # images a matrix product
+    candidates = 4  # nearest by the product's rounding, compared exactly
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        super().__init__()
+        if images.ndim != 4 or images.shape[-1] != images.shape[-2]:
+            raise InputError(f"training images have shape {tuple(images.shape)}; expected (N,C,S,S): reshape them")
+        check_images(images, channels=images.shape[1], size=images.shape[-1])
+        if labels.shape != images.shape[:1] or labels.is_floating_point():
+            raise InputError(
+                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; expected {len(images)} integers"
+            )
+        if labels.min() < 0:
+            raise InputError(f"a label is {int(labels.min())}; labels number the classes and must be 0 or more")
+        counts = torch.bincount(labels)
+        if not counts.all():
+            missing = int((counts == 0).nonzero()[0])
+            raise InputError(f"class {missing} has no training image; every class up to {len(counts) - 1} needs one")
+        order = torch.argsort(labels, stable=True)
+        self.class_counts: list[int] = counts.tolist()
+        self.register_buffer("images", (images[order] * 255).round().to(torch.uint8))
+        self.register_buffer("labels", labels[order].long())
+        points = self.images.flatten(1).float() / 255
+        self.register_buffer("_points", points, persistent=False)
+        self.register_buffer("_half_norms", points.double().square().sum(1).div(2).float(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images, channels=self.images.shape[1], size=self.images.shape[-1])
+        return torch.cat([self._logits(chunk) for chunk in torch.split(images.flatten(1), self.chunk_size)])
+
+    def nearest(self, images: Tensor) -> Tensor:
+        """Indices (B,K) into ``self.images`` of the nearest stored image of each class, for images (B,C,S,S)."""
+        check_images(images, channels=self.images.shape[1], size=self.images.shape[-1])
+        return torch.cat([self._nearest(chunk) for chunk in torch.split(images.flatten(1), self.chunk_size)])
+
+    @torch.no_grad()
+    def _nearest(self, queries: Tensor) -> Tensor:
+        """Queries (B,P) -> (B,K) indices of the nearest point of each class."""
+        # ||x - p||^2 / 2 up to the constant ||x||^2 / 2
+        scores = torch.addmm(self._half_norms, queries, self._points.T, alpha=-1)  # (B,N)
+        found, start = [], 0
+        for class_scores in torch.split(scores, self.class_counts, dim=1):
+            count = min(self.candidates, class_scores.shape[1])
+            indices = class_scores.topk(count, largest=False).indices.sort().values + start  # (B,M), ties: the first
+            distances = self._distances(queries, indices)
+            found.append(indices.gather(1, distances.argmin(1, keepdim=True)))
+            start += class_scores.shape[1]
+        return torch.cat(found, dim=1)
+
+    def _distances(self, queries: Tensor, indices: Tensor) -> Tensor:
+        """Queries (B,P), indices (B,M) -> exact L2 distances (B,M), float64."""
+        differences = queries[:, None].double() - self._points[indices].double()  # (B,M,P)
+        distances: Tensor = torch.linalg.vector_norm(differences, dim=2)
+        return distances
+
+    def _logits(self, queries: Tensor) -> Tensor:
+        return -self._distances(queries, self._nearest(queries)).to(queries.dtype)
+
+
+class MadryCNN(nn.Module):
+    """The network of Madry et al. 2018 (arXiv 1706.06083) for MNIST, made robust by adversarial training.
+
+    5x5 convolutions of 32 and 64 maps that keep the size, each with ReLU and 2x2 max-pooling; a dense layer of 1,024.
+
+    Images float32 (B, channels, image_size, image_size) in [0,1] -> logits (B, classes). Other input: InputError.
+    """
+
+    def __init__(self, classes: int = 10, channels: int = 1, image_size: int = 28) -> None:
+        super().__init__()
+        if image_size < 4:
+            raise InputError(f"image_size is {image_size}; two poolings need at least 4 pixels: enlarge the images")
+        self.classes, self.channels, self.image_size = classes, channels, image_size
+        self.conv_0 = nn.Conv2d(channels, 32, 5, padding=2)
+        self.conv_1 = nn.Conv2d(32, 64, 5, padding=2)
+        self.dense_0 = nn.Linear(64 * (image_size // 4) ** 2, 1024)
+        self.dense_1 = nn.Linear(1024, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images, channels=self.channels, size=self.image_size)
+        # ReLU after pooling instead of before: the same value, for a quarter of the work.
+        hidden = F.relu(F.max_pool2d(self.conv_0(images), 2))  # (B,32,14,14)
+        hidden = F.relu(F.max_pool2d(self.conv_1(hidden), 2))  # (B,64,7,7)
+        hidden = F.relu(self.dense_0(hidden.flatten(1)))  # (B,3136) -> (B,1024)
+        logits: Tensor = self.dense_1(hidden)
+        return logits
