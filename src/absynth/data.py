@@ -112,7 +112,7 @@ def load_folder(path: str | Path, image_size: int = 28) -> tuple[Tensor, Tensor]
 
 
 def digest(*tensors: Tensor) -> str:
-    """SHA-256, in hexadecimal, of the shapes, types and values of the tensors: names the data a model was trained on."""
+    """SHA-256, in hexadecimal, of the shapes, types and values of the tensors: names the data of a training."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())

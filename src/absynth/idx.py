@@ -1,6 +1,7 @@
 """The IDX files of MNIST and its relatives: where they are, what they must contain, how they are fetched.
 
-IDX: two zero bytes, 8 (for unsigned bytes), the number of axes, their lengths as big-endian 32-bit integers, the values.
+IDX: two zero bytes, 8 (for unsigned bytes), the number of axes, their lengths as big-endian 32-bit
+integers, the values.
 """
 
 from __future__ import annotations

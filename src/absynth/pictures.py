@@ -63,7 +63,7 @@ def frame(ink: Tensor, image_size: int = 28) -> Tensor:
 
 
 def center(ink: Tensor, image_size: int = 28) -> Tensor:
-    """Place ``ink`` (h, w) in a black (S, S) image, its center of mass to the nearest pixel on pixel S/2, as MNIST does.
+    """Place ``ink`` (h, w) in a black (S, S) image, its center of mass on pixel S/2, rounded, as MNIST does.
 
     ``ink`` must fit: h, w ≤ S.
     """
@@ -110,12 +110,13 @@ def _read_rgb(path: Path) -> NDArray[np.float32]:
         return np.repeat(scaled[:, :, None], 3, axis=2)
     if picture.mode == "LAB":
         picture = picture.convert("RGB")
-    rgba = np.asarray(picture.convert("RGBA"), dtype=np.float32) / 255
-    rgb, alpha = rgba[:, :, :3], rgba[:, :, 3:]
+    rgba = np.asarray(picture.convert("RGBA")).astype(np.float32) / np.float32(255)
+    rgb, alpha = rgba[:, :, :3], rgba[:, :, 3:]  # (height, width, 3), (height, width, 1)
     if bool((alpha == 1).all()):
         return rgb
     if not bool(alpha.any()):
         raise InputError(f"{path} is blank: all of it is transparent; give a picture of one digit")
     # What is transparent is background: put white below dark ink, black below bright ink.
     brightness = float((rgb.mean(axis=2, keepdims=True) * alpha).sum() / alpha.sum())
-    return rgb * alpha + (1 - alpha) * np.float32(brightness < 0.5)
+    background: NDArray[np.float32] = (1 - alpha) * np.float32(brightness < 0.5)
+    return rgb * alpha + background
