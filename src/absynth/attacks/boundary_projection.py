@@ -1,0 +1,120 @@
+"""The project's strongest attack on smooth models: project the clean image onto the linearized decision boundary,
+repeat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from absynth.attacks.base import Attack, Problem, Proposals, per_image
+from absynth.attacks.pointwise import take_back
+from absynth.attacks.projection import onto_halfspace
+from absynth.attacks.search import Best, toward_clean
+from absynth.norms import L0, Norm
+
+
+@dataclass(frozen=True)
+class BoundaryProjection(Attack):
+    """The nearest point of the linearized boundary to the clean image, within the box, iterated to a fixed point.
+
+    At the current image the margin to one rival class is linearized; the *clean* image is projected onto the half-space
+    where it is negative, exactly and within [0,1]; the next image is that point, a little past the boundary. At a fixed
+    point the image is a stationary point of the smallest-perturbation problem. A step that does not improve on the best
+    adversarial of its run goes back to it and halves the way. Every one of the ``targets`` likeliest rivals has a run;
+    a run that lags ``behind`` times the image's best after half of the steps, or that has stopped improving, is ended.
+    Needs no step size. Works for L0 too, where the projection uses up pixels in the order of their gain.
+
+    Source: this project; close to FAB (Croce & Hein 2020, arXiv 1907.02044), which mixes in a projection of the current
+    image.
+    """
+
+    norm: Norm
+    steps: int = 40
+    targets: int = 2
+    overshoot: float = 0.02
+    behind: float = 1.3
+    patience: int = 12
+    bisections: int = 10
+
+    family = "boundary-projection"
+    kind = "minimum"
+    knowledge = "gradient"
+    source = "absynth; after Croce & Hein 2020, arXiv 1907.02044"
+    deterministic = True
+    queries = "up to 80 gradients, 10 predictions"
+
+    def search(self, problem: Problem) -> Proposals:
+        owner, rivals = self._runs(problem)  # (R,), (R,): R runs, several an image
+        runs = problem.rows(owner)
+        best = Best(runs)
+        x = runs.images.clone()
+        # The share of the way from the best adversarial to the projection: 1, halved where a step did not improve.
+        share = torch.ones(len(runs), dtype=torch.float64, device=x.device)
+        stale = torch.zeros(len(runs), dtype=torch.int64, device=x.device)
+        todo = torch.arange(len(runs), device=x.device)
+        for step in range(self.steps):
+            part = runs.rows(todo)
+            margin, gradient, met = self._linearize(part, x[todo], rivals[todo])
+            improved = best.update(todo, x[todo], met)
+            stale[todo] = torch.where(improved, 0, stale[todo] + 1)
+            share[todo] = torch.where(improved, (2 * share[todo]).clamp(max=1), share[todo])
+            # Linearized at x, the margin at the clean image is margin − gradient·(x − clean).
+            moved = ((x[todo] - part.images).double() * gradient.double()).flatten(1).sum(1)
+            delta, _ = onto_halfspace(self.norm, part.images, gradient, margin.double() - moved)
+            goal = (part.images + (1 + self.overshoot) * delta).clamp(0, 1)
+            lost = best.distance[todo].isfinite() & ~improved
+            share[todo] = torch.where(lost, (share[todo] / 2).clamp(min=1 / 64), share[todo])
+            base = torch.where(per_image(best.distance[todo].isfinite(), x) > 0, best.images[todo], x[todo])
+            x[todo] = goal if self.norm == L0 else base + per_image(share[todo], x) * (goal - base)
+            todo = todo[self._going(problem, best, owner, stale, step)[todo]]
+            if not len(todo):
+                break
+        if len(todo):
+            best.update(todo, x[todo], runs.rows(todo).met(x[todo]))
+        nearest = _nearest_run(problem, best, owner)
+        return take_back(problem, nearest) if self.norm == L0 else toward_clean(problem, nearest, self.bisections)
+
+    def _runs(self, problem: Problem) -> tuple[Tensor, Tensor]:
+        """The image (R,) and the rival class (R,) of every run; with a target the rival is found anew at each step."""
+        count = len(problem)
+        if problem.goal.toward:
+            return torch.arange(count, device=problem.images.device), problem.goal.classes
+        logits = problem.logits(problem.images)
+        targets = min(self.targets, logits.shape[1] - 1)
+        rivals = logits.scatter(1, problem.goal.classes.unsqueeze(1), -torch.inf).topk(targets, dim=1).indices
+        return torch.arange(count, device=logits.device).repeat_interleave(targets), rivals.flatten()
+
+    def _linearize(self, problem: Problem, x: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Margin (n,) to the rival and its gradient (n,C,H,W) at x, and whether the goal is met there (n,)."""
+        x = x.detach().requires_grad_()
+        logits = problem.classifier(x)
+        own = logits.gather(1, problem.goal.classes.unsqueeze(1)).squeeze(1)
+        if problem.goal.toward:
+            margin = problem.goal.margin(logits)
+        else:
+            margin = own - logits.gather(1, rivals.unsqueeze(1)).squeeze(1)
+        margin = margin + problem.goal.slack
+        (gradient,) = torch.autograd.grad(margin.sum(), x)
+        return (
+            margin.detach(),
+            torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0),
+            problem.goal.met(logits.detach()),
+        )
+
+    def _going(self, problem: Problem, best: Best, owner: Tensor, stale: Tensor, step: int) -> Tensor:
+        """Which runs (R,) go on."""
+        nearest = torch.full((len(problem),), torch.inf, dtype=torch.float64, device=owner.device)
+        nearest = nearest.scatter_reduce(0, owner, best.distance, "amin")[owner]
+        lagging = (best.distance > self.behind * nearest) & (step >= self.steps // 2)
+        return ~lagging & ((stale < self.patience) | best.distance.isinf())
+
+
+def _nearest_run(problem: Problem, best: Best, owner: Tensor) -> Proposals:
+    """The nearest adversarial of each image over its runs."""
+    overall = Best(problem)
+    for run in range(int(owner.bincount().max())):
+        start = torch.searchsorted(owner, torch.arange(len(problem), device=owner.device)) + run
+        overall.update(owner[start], best.images[start], best.distance[start].isfinite())
+    return overall.proposals()

@@ -1,0 +1,94 @@
+"""Noise: the smallest amount of Gaussian or salt-and-pepper noise that fools the classifier. The floor of any
+evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from absynth.attacks.base import Attack, Problem, Proposals, draw_normal, draw_uniform, generators
+from absynth.attacks.search import Best, Path, clean_to, first_on_path
+from absynth.norms import L0, L2, Norm
+
+
+@dataclass(frozen=True)
+class GaussianNoise(Attack):
+    """``draws`` directions of Gaussian noise; along each the first of ``steps`` lengths that is adversarial,
+    bisected."""
+
+    draws: int = 10
+    steps: int = 50
+    bisections: int = 8
+    norm: Norm = field(default=L2, repr=False)
+
+    family = "gaussian-noise"
+    kind = "minimum"
+    knowledge = "decision"
+    source = "Schott et al. 2019, arXiv 1805.09190"
+    deterministic = False
+    queries = "up to 580 predictions"
+
+    def search(self, problem: Problem) -> Proposals:
+        sources = generators(problem.seeds)
+        largest = self.norm.largest(problem.images)
+        grid = [((step + 1) / self.steps) ** 2 for step in range(self.steps)]
+        best = Best(problem)
+        for _ in range(self.draws):
+            noise = draw_normal(sources, problem.images)
+            _keep(
+                problem,
+                best,
+                clean_to(problem, problem.images + self.norm.steepest(noise, largest)),
+                grid,
+                self.bisections,
+            )
+        return best.proposals()
+
+
+@dataclass(frozen=True)
+class SaltAndPepper(Attack):
+    """``draws`` patterns of black and white pixels; of each the least dense prefix that is adversarial, bisected.
+
+    A pattern gives every pixel a color and a rank in (0,1); at density p the pixels of rank below p take their color.
+    """
+
+    draws: int = 10
+    steps: int = 50
+    bisections: int = 8
+    norm: Norm = field(default=L0, repr=False)
+
+    family = "salt-and-pepper"
+    kind = "minimum"
+    knowledge = "decision"
+    source = "Rauber et al. 2017 (Foolbox), arXiv 1707.04131"
+    deterministic = False
+    queries = "up to 580 predictions"
+
+    def search(self, problem: Problem) -> Proposals:
+        best = Best(problem)
+        grid = [((step + 1) / self.steps) ** 2 for step in range(self.steps)]
+        for draw in range(self.draws):
+            _keep(problem, best, salt_and_pepper(problem, stream=draw), grid, self.bisections)
+        return best.proposals()
+
+
+def salt_and_pepper(problem: Problem, stream: int) -> Path:
+    """The path from the clean images at density 0 to a random black-and-white picture at density 1."""
+    sources = generators(problem.seeds, stream)
+    rank = draw_uniform(sources, problem.images)
+    color = (draw_uniform(sources, problem.images) < 0.5).to(problem.images.dtype)
+
+    def path(rows: Tensor, density: Tensor) -> Tensor:
+        noisy = rank[rows].double() < density.view(-1, 1, 1, 1)
+        return torch.where(noisy, color[rows], problem.images[rows])
+
+    return path
+
+
+def _keep(problem: Problem, best: Best, path: Path, grid: list[float], bisections: int) -> None:
+    """Search one path and keep what is nearer than the best so far."""
+    position = first_on_path(problem, path, grid, bisections)
+    hit = position.isfinite().nonzero().squeeze(1)
+    best.update(hit, path(hit, position[hit]), torch.ones_like(hit, dtype=torch.bool))
