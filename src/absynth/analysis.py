@@ -1,0 +1,263 @@
+"""The analysis: for an image and each class, the latents whose decoded image explains it best.
+
+    E_c(x) = min over z of  ||t(x) - G_c(z)||^2 + beta/2 ||z||^2,     ||z|| <= max_norm            (paper, section 3)
+
+t is the pixel response (identity for ABS), G_c the decoder of class c. The minimum is searched in two stages: the best
+of a fixed set of *candidates*, decoded once and compared by one matrix product; then refinement from there. E_c is a
+non-linear least-squares problem in a handful of unknowns, so the default refinement is Levenberg-Marquardt with the
+exact Jacobian; the paper's 50 steps of Adam are kept as a named schedule.
+
+Everything is a pure function of the decoders and of each image alone: no global random state, no memory between calls.
+What other images are in the batch can change an energy only by the rounding of the matrix products.
+
+Energies here are un-normalized sums over pixels. Shapes: B images, K classes, M candidates a class, D latents,
+N = C*S*S values of an image in block order (see ``absynth.decoding``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from absynth.decoding import FoldedDecoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How much searching an analysis does. The same for every image: it is part of a classifier's definition.
+
+    ``candidates``: how many of the stored candidates are used (None: all). ``steps``: refinement steps.
+    ``method``: "levenberg-marquardt" or "adam". ``max_norm``: latents stay in the ball of this radius.
+
+    ``slack``: when only the label is asked for, a class is given up as soon as its energy exceeds ``slack[i]`` times
+    the lowest energy any class has reached after i steps (i = 0: among the candidates); the last entry holds from then
+    on. Its energy is then the one it had. Empty: no class is given up.
+    """
+
+    candidates: int | None = None
+    steps: int = 5
+    method: str = "levenberg-marquardt"
+    max_norm: float = 5.0
+    slack: tuple[float, ...] = ()
+    damping: float = 0.03  # Levenberg-Marquardt: at the first step, relative to the diagonal
+    learning_rate: float = 0.05  # Adam
+
+    def __post_init__(self) -> None:
+        if self.method not in ("levenberg-marquardt", "adam"):
+            raise ValueError(f"method is {self.method!r}; expected 'levenberg-marquardt' or 'adam'")
+        if self.steps < 0 or self.max_norm <= 0 or any(slack < 1 for slack in self.slack):
+            raise ValueError(f"{self}: steps must not be negative, max_norm positive, every slack at least 1")
+
+
+DEFAULT = Schedule(slack=(1.5, 1.4, 1.3))
+PAPER = Schedule(candidates=8000, steps=50, method="adam")  # with prior candidates: see ``prior_candidates``
+
+
+@dataclass(frozen=True)
+class Found:
+    """Minima found for B images and K classes: energies (B,K), latents (B,K,D), images (B,K,N) in block order.
+
+    ``settled`` (B,K) is False where a class was given up before the last step.
+    """
+
+    energies: Tensor
+    latents: Tensor
+    blocks: Tensor
+    settled: Tensor
+
+
+def prior_candidates(count: int = 8000, latent_size: int = 8, seed: int = 0, surplus: float = 1.111) -> Tensor:
+    """``count`` draws from N(0, I), (count,D): the densest of ``surplus`` times as many, as in the released code."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(round(count * surplus), latent_size, generator=generator)
+    return draws[draws.norm(dim=1).argsort()[:count]]
+
+
+class Candidates(nn.Module):
+    """A class's fixed starting points: latents (M,D), decoded once to points (M,N), with their offsets (M,)."""
+
+    latents: Tensor
+    points: Tensor
+    offsets: Tensor
+
+    @torch.no_grad()
+    def __init__(self, decoder: FoldedDecoder, latents: Tensor, beta: float) -> None:
+        super().__init__()
+        points = torch.cat([decoder(chunk) for chunk in latents.split(DECODE_CHUNK)])
+        # half of what an energy has besides ||x||^2 - 2 x.p
+        offsets = points.double().square().sum(1) / 2 + beta / 4 * latents.double().square().sum(1)
+        self.register_buffer("latents", latents, persistent=False)
+        self.register_buffer("points", points, persistent=False)
+        self.register_buffer("offsets", offsets.float(), persistent=False)
+
+    def best(self, blocks: Tensor, count: int | None) -> Tensor:
+        """Images (B,N) -> the latents (B,D) of the best of the first ``count`` candidates of each."""
+        points, offsets = self.points[:count], self.offsets[:count]
+        scores = torch.addmm(offsets, blocks, points.T, alpha=-1)  # (B,M)
+        if scores.shape[1] < 2:
+            return self.latents[:1].expand(len(blocks), -1)
+        # The product's rounding differs with the batch: compare the two best again, in an order that never changes.
+        pair = scores.topk(2, largest=False).indices.sort(dim=1).values  # (B,2)
+        exact = (blocks[:, None] - points[pair]).square().sum(2) / 2 + offsets[pair]
+        exact -= points[pair].square().sum(2) / 2
+        return self.latents[pair.gather(1, exact.argmin(1, keepdim=True))[:, 0]]
+
+
+# Sizes that keep a chunk's activations in the cache (docs/performance.md).
+DECODE_CHUNK = 64
+REFINE_CHUNK = 16
+
+
+def analyze(
+    decoders: Sequence[FoldedDecoder],
+    candidates: Sequence[Candidates],
+    blocks: Tensor,
+    schedule: Schedule,
+    *,
+    beta: float = 1.0,
+    scales: Tensor | None = None,
+    label_only: bool = False,
+    starts: Tensor | None = None,
+) -> Found:
+    """Images (B,N) in block order -> the minima found for every class.
+
+    ``label_only`` lets classes be given up by the schedule's slack; ``scales`` (K,) are the factors with which energies
+    are compared. ``starts`` (B,K,D) replaces the search among candidates (for callers that know good latents).
+    """
+    count, classes = len(blocks), len(decoders)
+    if starts is None:
+        starts = torch.stack([found.best(blocks, schedule.candidates) for found in candidates], dim=1)
+    work = _Problems(decoders, blocks, starts.flatten(0, 1), beta, schedule)  # problem b*K + c: image b, class c
+    work.evaluate(work.everything())
+    slack = schedule.slack if label_only else ()
+    weights = torch.ones(classes, device=blocks.device) if scales is None else scales
+    active = work.everything()
+    settled = torch.ones(count, classes, dtype=torch.bool, device=blocks.device)
+    if schedule.method == "adam":
+        work.adam(active)
+    else:
+        for step in range(schedule.steps):
+            if slack:
+                energies = work.energies.view(count, classes) * weights  # (B*K,) -> (B,K)
+                limit = slack[min(step, len(slack) - 1)] * energies.amin(1, keepdim=True)
+                settled &= energies <= limit
+                active = settled.flatten().nonzero()[:, 0]
+            work.step(active)
+    return Found(
+        energies=work.energies.view(count, classes),
+        latents=work.latents.view(count, classes, -1),
+        blocks=work.images.view(count, classes, -1),
+        settled=settled,
+    )
+
+
+class _Problems:
+    """The state of P = B*K independent minimizations, one for each image and class."""
+
+    def __init__(
+        self, decoders: Sequence[FoldedDecoder], blocks: Tensor, starts: Tensor, beta: float, schedule: Schedule
+    ) -> None:
+        self.decoders, self.blocks, self.beta, self.schedule = decoders, blocks, beta, schedule
+        count, size = starts.shape
+        self.latents = starts.clone()  # (P,D)
+        self.energies = blocks.new_full((count,), torch.inf)
+        self.images = blocks.new_zeros(count, blocks.shape[1])  # (P,N)
+        # Levenberg-Marquardt: the Gauss-Newton matrix and minus half the gradient at the latents, and the damping
+        self.curvature = blocks.new_zeros(count, size, size)
+        self.descent = blocks.new_zeros(count, size)
+        self.damping = blocks.new_full((count,), schedule.damping)
+        self.linearized = torch.zeros(count, dtype=torch.bool, device=blocks.device)
+
+    def everything(self) -> Tensor:
+        return torch.arange(len(self.latents), device=self.latents.device)
+
+    def chunks(self, problems: Tensor, size: int) -> Iterator[tuple[FoldedDecoder, Tensor]]:
+        """The problems (P',), class by class, at most ``size`` at a time, each with its class's decoder."""
+        classes = problems % len(self.decoders)
+        for number, decoder in enumerate(self.decoders):
+            for chunk in problems[classes == number].split(size):
+                if len(chunk):
+                    yield decoder, chunk
+
+    def targets(self, problems: Tensor) -> Tensor:
+        """The images (P',N) to be explained."""
+        return self.blocks[problems // len(self.decoders)]
+
+    def energy(self, images: Tensor, latents: Tensor, targets: Tensor) -> Tensor:
+        """(P,N), (P,D), (P,N) -> (P,)."""
+        return (targets - images).square().sum(1) + self.beta / 2 * latents.square().sum(1)
+
+    @torch.no_grad()
+    def evaluate(self, problems: Tensor) -> None:
+        """Energies and images at the present latents."""
+        for decoder, chunk in self.chunks(problems, DECODE_CHUNK):
+            images = decoder(self.latents[chunk])
+            self.images[chunk] = images
+            self.energies[chunk] = self.energy(images, self.latents[chunk], self.targets(chunk))
+
+    @torch.no_grad()
+    def step(self, problems: Tensor) -> None:
+        """One Levenberg-Marquardt step: solve the damped linearized problem, keep the result where it is better."""
+        for decoder, chunk in self.chunks(problems, REFINE_CHUNK):
+            targets = self.targets(chunk)
+            self._linearize(decoder, chunk[~self.linearized[chunk]])
+            matrix = self.curvature[chunk]
+            diagonal = matrix.diagonal(dim1=1, dim2=2)
+            damped = matrix + torch.diag_embed(self.damping[chunk, None] * diagonal)
+            moved = self.latents[chunk] + torch.linalg.solve(damped, self.descent[chunk])
+            latents = _into_ball(moved, self.schedule.max_norm)
+            images = decoder(latents)
+            energies = self.energy(images, latents, targets)
+            better = energies < self.energies[chunk]
+            self.damping[chunk] *= torch.where(better, 0.3, 4.0)
+            taken = chunk[better]
+            self.latents[taken], self.energies[taken], self.images[taken] = (
+                latents[better],
+                energies[better],
+                images[better],
+            )
+            self.linearized[taken] = False
+
+    def _linearize(self, decoder: FoldedDecoder, problems: Tensor) -> None:
+        """Curvature J'J + beta/2 I and descent J'(x - G) - beta/2 z at the present latents of these problems."""
+        if not len(problems):
+            return
+        latents = self.latents[problems]
+        activations = decoder.activations(latents)
+        jacobian = decoder.tangents(activations)  # (P,D,N)
+        residual = self.targets(problems) - activations.images
+        self.curvature[problems] = jacobian @ jacobian.mT
+        self.curvature[problems] += self.beta / 2 * torch.eye(latents.shape[1], device=latents.device)
+        self.descent[problems] = (jacobian @ residual[:, :, None])[:, :, 0] - self.beta / 2 * latents
+        self.linearized[problems] = True
+
+    def adam(self, problems: Tensor) -> None:
+        """The paper's refinement: Adam on the energy, averaged over pixels as in the released code."""
+        pixels = self.blocks.shape[1]
+        for decoder, chunk in self.chunks(problems, DECODE_CHUNK):
+            targets = self.targets(chunk)
+            latents = self.latents[chunk].requires_grad_(True)
+            optimizer = torch.optim.Adam([latents], lr=self.schedule.learning_rate)
+            for _ in range(self.schedule.steps):
+                with torch.enable_grad():
+                    energy = self.energy(decoder(latents), latents, targets).sum() / pixels
+                    (latents.grad,) = torch.autograd.grad(energy, latents)
+                optimizer.step()
+                with torch.no_grad():
+                    latents.copy_(_into_ball(latents, self.schedule.max_norm))
+            self.latents[chunk] = latents.detach()
+        self.evaluate(problems)
+
+
+def _into_ball(latents: Tensor, radius: float) -> Tensor:
+    """Latents (P,D), those outside the ball brought back to its surface."""
+    norms = latents.norm(dim=1, keepdim=True)
+    return torch.where(norms > radius, latents * (radius / norms), latents)
+
+
+def without_giving_up(schedule: Schedule) -> Schedule:
+    """The same search with every class followed to the end."""
+    return replace(schedule, slack=())

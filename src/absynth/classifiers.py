@@ -1,0 +1,186 @@
+"""ABS and Binary ABS: images -> logits, with the exact gradient and the analysis behind them.
+
+Source: Schott et al. 2019 (arXiv 1805.09190), sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from absynth.analysis import DEFAULT, Candidates, Found, Schedule, analyze
+from absynth.checks import check_images
+from absynth.decoding import FoldedDecoder, from_blocks, to_blocks
+from absynth.errors import InputError
+from absynth.responses import Identity
+
+IMAGE_CHUNK = 128  # images analyzed at once: bounds the memory, whatever the batch
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """How every class explains B images.
+
+    ``energies`` (B,K): E_c(x) of the paper, normalized by the number of pixels (and scaled by gamma for Binary ABS);
+    logits are minus this. ``latents`` (B,K,D) and ``reconstructions`` (B,K,C,S,S) in (0,1): where the energies are
+    reached. ``probabilities`` (B,K): the calibrated posterior, rows sum to 1.
+    """
+
+    energies: Tensor
+    latents: Tensor
+    reconstructions: Tensor
+    probabilities: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """The class (B,) that explains each image best."""
+        return self.energies.argmin(1)
+
+
+class ABS(nn.Module):
+    """Analysis by synthesis: an image belongs to the class whose generative model explains it best.
+
+    float32 images (B,C,S,S) in [0,1] -> logits (B,K) = -E_c(x). Raises InputError for anything else. A pure function
+    of each image: neither the rest of the batch, nor earlier calls, nor global random state enter (up to rounding,
+    1e-5 in the logits of classes that compete). The gradient is exact, by the envelope theorem: dE_c/dx is
+    2 (t(x) - G_c(z*)) / N at the minimum z*, and no back-propagation through the search is needed.
+
+    With the default schedule, ``forward`` gives up classes that cannot win any more (``Schedule.slack``); their logits
+    are then those of the best explanation found so far. ``analyze`` follows every class to the end; wherever a class
+    was not given up, both agree.
+
+    ``candidates`` (K,M,D) are the latents that a search starts from. ``response`` is applied to the pixels first,
+    ``scales`` (K,) multiplies the energies (the gamma of Binary ABS), ``alpha`` and ``eta`` calibrate the posterior
+
+        p(c|x) = (exp(-alpha E_c) + eta) / sum_k (exp(-alpha E_k) + eta).
+
+    ``refusal``: below this probability of the likeliest class, nothing explains the image (``refuses``).
+    """
+
+    candidates: Tensor
+    scales: Tensor
+
+    def __init__(
+        self,
+        decoders: Iterable[nn.Module],
+        candidates: Tensor,
+        *,
+        response: nn.Module | None = None,
+        scales: Tensor | None = None,
+        alpha: float = 440.0,
+        eta: float = 0.000039,
+        beta: float = 1.0,
+        refusal: float = 0.25,
+        schedule: Schedule = DEFAULT,
+    ) -> None:
+        super().__init__()
+        self.decoders = nn.ModuleList(decoders)
+        if len(self.decoders) < 2 or candidates.ndim != 3 or len(candidates) != len(self.decoders):
+            raise InputError(
+                f"{len(self.decoders)} decoders and candidates of shape {tuple(candidates.shape)}: "
+                "expected at least 2 decoders and candidates (K,M,D), one row a decoder"
+            )
+        self.response = response or Identity()
+        self.alpha, self.eta, self.beta, self.refusal, self.schedule = alpha, eta, beta, refusal, schedule
+        self.register_buffer("candidates", candidates)
+        self.register_buffer("scales", torch.ones(len(self.decoders)) if scales is None else scales)
+        self._prepare()
+        self.register_load_state_dict_post_hook(lambda model, _keys: model._prepare())  # type: ignore[no-untyped-call]
+        self.eval().requires_grad_(False)
+
+    def _prepare(self) -> None:
+        """Derive the fast forms of the decoders and the decoded candidates from the weights."""
+        self._folded = nn.ModuleList(FoldedDecoder(decoder) for decoder in self.decoders)  # type: ignore[arg-type]
+        self._starts = nn.ModuleList(
+            Candidates(decoder, latents, self.beta)  # type: ignore[arg-type]
+            for decoder, latents in zip(self._folded, self.candidates, strict=True)
+        )
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(C, S): channels and pixels a side."""
+        folded: Any = self._folded[0]
+        return folded.channels, 4 * folded.side + 12
+
+    def train(self, mode: bool = True) -> ABS:
+        """Stays in eval mode: batch norm is folded into the decoders."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._check(images)
+        seen = self.response(images)
+        logits: Tensor = torch.cat(
+            [_NegativeEnergies.apply(to_blocks(chunk), self) for chunk in seen.split(IMAGE_CHUNK)]  # type: ignore[no-untyped-call]
+        )
+        return logits
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """The calibrated posterior (B,K) of images (B,C,S,S); differentiable."""
+        return self.posterior(self(images))
+
+    def posterior(self, logits: Tensor) -> Tensor:
+        """The calibrated posterior (B,K) that belongs to these logits (B,K)."""
+        evidence = torch.exp(self.alpha * logits) + self.eta
+        return evidence / evidence.sum(1, keepdim=True)
+
+    def refuses(self, probabilities: Tensor) -> Tensor:
+        """Where (B,) nothing explains the image: the likeliest class stays below ``refusal``."""
+        return probabilities.amax(1) < self.refusal
+
+    @torch.no_grad()
+    def analyze(self, images: Tensor, *, schedule: Schedule | None = None) -> Analysis:
+        """Images (B,C,S,S) -> how every class explains them; ``schedule`` overrides the classifier's own."""
+        self._check(images)
+        parts = [self._find(to_blocks(chunk), False, schedule) for chunk in self.response(images).split(IMAGE_CHUNK)]
+        energies = torch.cat([self._normalized(part) for part in parts])
+        return Analysis(
+            energies=energies,
+            latents=torch.cat([part.latents for part in parts]),
+            reconstructions=from_blocks(torch.cat([part.blocks for part in parts]), self.image_shape[0]),
+            probabilities=self.posterior(-energies),
+        )
+
+    def _check(self, images: Tensor) -> None:
+        channels, size = self.image_shape
+        check_images(images, channels=channels, size=size)
+
+    def _find(self, blocks: Tensor, label_only: bool, schedule: Schedule | None = None) -> Found:
+        return analyze(
+            self._folded,  # type: ignore[arg-type]
+            self._starts,  # type: ignore[arg-type]
+            blocks,
+            schedule or self.schedule,
+            beta=self.beta,
+            scales=self.scales,
+            label_only=label_only,
+        )
+
+    def _normalized(self, found: Found) -> Tensor:
+        return found.energies * (self.scales / found.blocks.shape[-1])
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, eta={self.eta}, beta={self.beta}, refusal={self.refusal}, schedule={self.schedule}"
+
+
+class _NegativeEnergies(torch.autograd.Function):
+    """Blocks (B,N) -> logits (B,K) of an ABS, with the gradient of the envelope theorem."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, model: ABS) -> Tensor:
+        with torch.no_grad():
+            found = model._find(blocks.detach(), label_only=True)
+            if blocks.requires_grad:
+                ctx.save_for_backward(blocks, found.blocks, model.scales)
+            return -model._normalized(found)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients  # (B,K), with respect to the logits
+        blocks, explanations, scales = ctx.saved_tensors  # (B,N), (B,K,N), (K,)
+        weights = gradient * scales * (-2 / blocks.shape[1])  # (B,K)
+        # sum over c of w_c (x - G_c), without forming the differences
+        return weights.sum(1, keepdim=True) * blocks - (weights[:, None] @ explanations)[:, 0], None

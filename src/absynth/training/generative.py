@@ -1,0 +1,301 @@
+"""Training of the generative models: one variational autoencoder a class, then its decoder alone.
+
+*First phase*: encoder and decoder together, by the negative ELBO (paper, section 3). It lays out the latent space.
+*Second phase*: the decoder alone, on what the analysis will ask of it: every training image keeps latents of its own
+and both descend the energy ||x - G(z)||^2 + beta/2 ||z||^2 together. An image's step is scaled by the variance the
+encoder gave it, the inverse of the energy's curvature there. At half the cost a step of the first phase, it lowers the
+energy of unseen images far faster than more of the first phase does (LOG.md, 2026-11-23).
+
+Classes are independent: on a CPU they are trained side by side, one process and one thread for each core.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import os
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from absynth.data import digest
+from absynth.errors import InputError
+from absynth.training.augment import Augmentation, augment
+from absynth.training.checkpoint import load_checkpoint, save_checkpoint
+from absynth.vae import VAE, VAEConfig, negative_elbo
+
+Progress = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerativeConfig:
+    """How one class's model is trained. Steps, not epochs, so that a small data set gets as much training."""
+
+    latent_size: int = 8
+    beta: float = 1.0
+    vae_steps: int = 1000
+    vae_batch_size: int = 32
+    vae_learning_rate: float = 3e-3
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(rotation=3, zoom=0.05, shear=3, shift=0))
+    decoder_steps: int = 5600
+    decoder_batch_size: int = 16
+    decoder_learning_rate: float = 2e-3
+    latent_rate: float = 0.5  # step of an image's own latents, relative to a Newton step
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if min(self.vae_steps, self.decoder_steps, self.vae_batch_size, self.decoder_batch_size) < 1:
+            raise InputError(f"{self}: steps and batch sizes must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}")
+
+    @property
+    def steps(self) -> int:
+        return self.vae_steps + self.decoder_steps
+
+
+@dataclass(frozen=True)
+class TrainedClass:
+    """One class's model, in eval mode, and the latents (N,D) of its training images, in their order."""
+
+    vae: VAE
+    latents: Tensor
+
+
+CHECKPOINT_EVERY = 500  # steps
+
+
+def train_class(
+    images: Tensor,
+    number: int,
+    config: GenerativeConfig | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> TrainedClass:
+    """Train the model of class ``number`` on its images (N,C,S,S) in [0,1].
+
+    ``checkpoint`` names a file written every 500 steps and continued from if it exists; a resumed training ends in the
+    same weights, bit for bit, as one that ran through (same machine and thread count). Raises InputError for a
+    checkpoint of another configuration or other data.
+    """
+    config = config or GenerativeConfig()
+    if len(images) < 2:
+        raise InputError(f"class {number} has {len(images)} training images; at least 2 are needed: add images")
+    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
+        torch.manual_seed(config.seed * 1000 + number)
+        vae = VAE(VAEConfig(images.shape[-1], images.shape[1], config.latent_size)).to(images.device)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
+    state = _State(vae, config, len(images))
+    identity = {"model": "vae", "class": number, "config": asdict(config), "data_digest": digest(images)}
+    if checkpoint is not None and (saved := load_checkpoint(checkpoint, expect=identity)) is not None:
+        state.restore(*saved)
+    while state.step < config.steps:
+        if state.step == config.vae_steps:
+            state.begin_second_phase(images)
+        batches = _Batches(len(images), config, number)
+        for chosen, generator in batches.from_step(state.step):
+            if state.step < config.vae_steps:
+                loss = state.vae_step(images[chosen], generator)
+            else:
+                loss = state.decoder_step(images[chosen], chosen)
+            if progress is not None:
+                progress(state.step, config.steps, f"class {number}: loss {loss:.2f}")
+            if checkpoint is not None and (state.step % CHECKPOINT_EVERY == 0 or state.step == config.steps):
+                save_checkpoint(checkpoint, state.tensors(), {**identity, "step": state.step})
+            if state.step in (config.vae_steps, config.steps):
+                break
+    return TrainedClass(vae.eval().requires_grad_(False), state.latents)
+
+
+class _Batches:
+    """Which images each step trains on: a fresh order each epoch, from a generator seeded by (seed, class, epoch)."""
+
+    def __init__(self, count: int, config: GenerativeConfig, number: int) -> None:
+        self.count, self.config, self.number = count, config, number
+
+    def from_step(self, step: int) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """The batches from ``step`` to the end of its phase: indices (b,) and the step's generator."""
+        config = self.config
+        second = step >= config.vae_steps
+        size = min(config.decoder_batch_size if second else config.vae_batch_size, self.count)
+        first = config.vae_steps if second else 0
+        epoch_steps = self.count // size
+        while True:
+            epoch, place = divmod(step - first, epoch_steps)
+            order = torch.randperm(self.count, generator=self._generator(epoch, 2 + second))
+            # one generator a step: a resumed training draws what the uninterrupted one would have drawn
+            yield order[place * size : (place + 1) * size], self._generator(step, 1)
+            step += 1
+
+    def _generator(self, position: int, purpose: int) -> torch.Generator:
+        seed = ((self.config.seed * 1000 + self.number) * 4 + purpose) * 2**20 + position
+        return torch.Generator().manual_seed(seed % 2**63)
+
+
+class _State:
+    """All that changes during a training."""
+
+    def __init__(self, vae: VAE, config: GenerativeConfig, count: int) -> None:
+        self.vae, self.config, self.step = vae, config, 0
+        device = next(vae.parameters()).device
+        self.latents = torch.zeros(count, config.latent_size, device=device)
+        self.variances = torch.ones(count, config.latent_size, device=device)
+        self._begin(vae)
+
+    def _begin(self, module: nn.Module) -> None:
+        self.module = module
+        self.optimizer = torch.optim.Adam(module.parameters(), betas=(0.9, 0.99))
+        self.vae.train()
+
+    def vae_step(self, batch: Tensor, generator: torch.Generator) -> float:
+        config = self.config
+        batch = augment(batch, config.augmentation, generator)
+        mean, log_variance = self.vae.encoder(batch)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        reconstructions = self.vae.decoder(mean + noise * torch.exp(0.5 * log_variance))
+        loss = negative_elbo(batch, reconstructions, mean, log_variance, config.beta)
+        self._descend(loss, config.vae_learning_rate, self.step / config.vae_steps)
+        return float(loss)
+
+    def begin_second_phase(self, images: Tensor) -> None:
+        """Give every image the latents and the variance its encoder infers."""
+        self.vae.eval()
+        with torch.no_grad():
+            moments = [self.vae.encoder(chunk) for chunk in images.split(256)]
+        self.latents = torch.cat([mean for mean, _ in moments])
+        self.variances = torch.cat([log_variance.exp() for _, log_variance in moments])
+        self._begin(self.vae.decoder)
+
+    def decoder_step(self, batch: Tensor, chosen: Tensor) -> float:
+        config = self.config
+        latents = self.latents[chosen].requires_grad_(True)
+        squared_error = (batch - self.vae.decoder(latents)).square().flatten(1).sum(1)  # (b,)
+        loss = (squared_error + config.beta / 2 * latents.square().sum(1)).mean()
+        self._descend(loss, config.decoder_learning_rate, (self.step - config.vae_steps) / config.decoder_steps)
+        assert latents.grad is not None
+        # the gradient of an image's own energy is len(batch) times that of the mean
+        self.latents[chosen] -= config.latent_rate * len(batch) * self.variances[chosen] * latents.grad
+        return float(loss)
+
+    def _descend(self, loss: Tensor, learning_rate: float, done: float) -> None:
+        """One Adam step; the rate rises over the first 2 % of the phase, then falls as a cosine to 1 %."""
+        self.optimizer.param_groups[0]["lr"] = (
+            learning_rate * min(1.0, (done + 1e-4) / 0.02) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+        )
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self.optimizer.step()
+        self.step += 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        tensors = {f"vae.{name}": value for name, value in self.vae.state_dict().items()}
+        tensors |= {"latents": self.latents, "variances": self.variances}
+        for name, parameter in self.module.named_parameters():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return tensors
+
+    def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        self.step = int(meta["step"])
+        device = self.latents.device
+        self.vae.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("vae.")})
+        self.latents, self.variances = tensors["latents"].to(device), tensors["variances"].to(device)
+        self._begin(self.vae.decoder if self.step > self.config.vae_steps else self.vae)
+        for name, parameter in self.module.named_parameters():
+            prefix = f"optimizer.{name}."
+            self.optimizer.state[parameter] = {
+                key[len(prefix) :]: value.to(parameter.device if value.ndim else "cpu")
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+
+
+def train_classes(
+    images: Tensor,
+    labels: Tensor,
+    config: GenerativeConfig | None = None,
+    *,
+    checkpoints: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[TrainedClass]:
+    """Train one model a class on images (N,C,S,S) in [0,1] and labels (N,), numbered from 0.
+
+    ``checkpoints`` names a folder with one file a class. ``workers``: how many classes are trained at once, each in a
+    process with one thread; None takes one for each core on a CPU and 1 on CUDA. The result does not depend on it.
+    """
+    config = config or GenerativeConfig()
+    classes = int(labels.max()) + 1
+    files = [Path(checkpoints) / f"class-{number}.safetensors" if checkpoints else None for number in range(classes)]
+    workers = workers or (min(os.cpu_count() or 1, classes) if images.device.type == "cpu" else 1)
+    done = [0] * classes
+    total = classes * config.steps
+
+    def report(number: int, step: int, text: str) -> None:
+        done[number] = step
+        if progress is not None:
+            progress(sum(done), total, text)
+
+    if workers == 1:
+        return [
+            train_class(
+                images[labels == number],
+                number,
+                config,
+                checkpoint=files[number],
+                progress=lambda step, _total, text, number=number: report(number, step, text),  # type: ignore[misc]
+            )
+            for number in range(classes)
+        ]
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        messages = manager.Queue()
+        executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+        try:
+            jobs = [
+                executor.submit(
+                    _train_in_process, images[labels == number].numpy(), number, config, files[number], messages
+                )
+                for number in range(classes)
+            ]
+            while not all(job.done() for job in jobs):
+                with contextlib.suppress(queue.Empty):
+                    report(*messages.get(timeout=0.5))
+            while not messages.empty():
+                report(*messages.get())
+            return [_trained(images, config, *job.result()) for job in jobs]
+        finally:
+            for process in list((executor._processes or {}).values()) if not all(job.done() for job in jobs) else ():
+                process.terminate()  # Ctrl-C: the checkpoints hold all but the last steps
+            executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _train_in_process(
+    images: Any, number: int, config: GenerativeConfig, checkpoint: Path | None, messages: Any
+) -> tuple[dict[str, Any], Any]:
+    """``train_class`` in a worker: weights and latents come back as NumPy arrays."""
+
+    def report(step: int, _total: int, text: str) -> None:
+        if step % 20 == 0 or step == config.steps:
+            messages.put((number, step, text))
+
+    trained = train_class(torch.from_numpy(images), number, config, checkpoint=checkpoint, progress=report)
+    return {name: value.numpy() for name, value in trained.vae.state_dict().items()}, trained.latents.numpy()
+
+
+def _trained(images: Tensor, config: GenerativeConfig, weights: dict[str, Any], latents: Any) -> TrainedClass:
+    vae = VAE(VAEConfig(images.shape[-1], images.shape[1], config.latent_size))
+    vae.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
+    return TrainedClass(vae.eval().requires_grad_(False), torch.from_numpy(latents))

@@ -1,0 +1,243 @@
+"""From the name of a model and a data set to a weight file: what ``absynth train`` runs.
+
+Every recipe holds a part of the training set out, makes every choice on it, reports the accuracy on the test split,
+and writes tensors and provenance with ``zoo.write``. Checkpoints live in a folder beside the weights until those are
+written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from absynth import data, zoo
+from absynth.classifiers import ABS
+from absynth.errors import InputError, unknown_name
+from absynth.responses import Threshold
+from absynth.training.calibration import calibrate, class_scales, refusal_threshold
+from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
+from absynth.training.generative import GenerativeConfig, TrainedClass, train_classes
+
+CANDIDATES = 1000  # latents a class from which every search starts
+
+
+class Run:
+    """One training: its data, its place on disk, and how it reports."""
+
+    def __init__(
+        self,
+        name: str,
+        dataset: str | Path,
+        out: str | Path,
+        seed: int,
+        root: str | Path | None,
+        progress: Progress | None,
+    ) -> None:
+        self.name, self.dataset, self.out, self.seed, self.progress = name, dataset, Path(out), seed, progress
+        images, labels = data.load(dataset, "train", root)
+        self.test = data.load(dataset, "test", root)
+        self.classes = int(labels.max()) + 1
+        self.data_digest = data.digest(images, labels)
+        held_out = min(5000, len(images) // 6)
+        self.train, self.held_out = data.holdout(images, labels, held_out, seed=0)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / f"{self.name}.training"
+
+    def header(self, config: dict[str, Any], clean: float, **more: Any) -> dict[str, Any]:
+        return {
+            "model": self.name, "config": config, "data": str(self.dataset), "data_digest": self.data_digest,
+            "seed": self.seed, "accuracy": clean,
+            "command": f"absynth train {self.name} --data {self.dataset} --seed {self.seed}",
+            **more,
+        }  # fmt: skip
+
+
+def train(
+    name: str,
+    dataset: str | Path = "mnist",
+    *,
+    out: str | Path = "weights",
+    seed: int = 0,
+    root: str | Path | None = None,
+    effort: float = 1.0,
+    progress: Progress | None = None,
+) -> Path:
+    """Train the model ``name`` of the zoo on a data set and write its weights to the folder ``out``; returns the file.
+
+    A training that was stopped, by Ctrl-C or ``kill -9``, continues when called again with the same arguments.
+    ``effort`` scales the number of steps: 1 is the shipped quality. "binary-abs" needs the "abs" weights in ``out`` and
+    trains them first if they are missing. Raises InputError for unknown names and for checkpoints of another training.
+    """
+    if name not in _RECIPES:
+        raise unknown_name("model", name, _RECIPES)
+    if effort <= 0:
+        raise InputError(
+            f"effort is {effort}; expected a positive factor on the training steps, 1 for the shipped quality"
+        )
+    run = Run(name, dataset, out, seed, root, progress)
+    tensors, header = _RECIPES[name](run, effort)
+    path = run.out / f"{name}.safetensors"
+    zoo.write(path, tensors, header)
+    shutil.rmtree(run.checkpoints, ignore_errors=True)
+    return path
+
+
+def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    base = GenerativeConfig(seed=run.seed)
+    config = replace(
+        base, vae_steps=max(1, round(base.vae_steps * effort)), decoder_steps=max(1, round(base.decoder_steps * effort))
+    )
+    trained = train_classes(*run.train, config, checkpoints=run.checkpoints, progress=run.progress)
+    candidates = torch.stack([choose_candidates(one.latents, CANDIDATES, run.seed) for one in trained])
+    return assemble_abs(run, trained, candidates, config)
+
+
+def assemble_abs(
+    run: Run, trained: list[TrainedClass], candidates: Tensor, config: GenerativeConfig
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Calibrate on the held-out images, measure on the test images, and name the tensors."""
+    model = ABS([one.vae.decoder for one in trained], candidates, beta=config.beta)
+    images, labels = run.held_out
+    logits = batched(model, images)
+    calibration = calibrate(-logits, labels)
+    model.alpha, model.eta = calibration.alpha, calibration.eta
+    model.refusal = refusal_threshold(model.posterior(logits))
+    clean = accuracy(model, *run.test)
+    vae = trained[0].vae.config
+    settings = {
+        "classes": run.classes, "image_size": vae.image_size, "channels": vae.channels, "latent_size": vae.latent_size,
+        "beta": config.beta, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
+        "training": asdict(config),
+    }  # fmt: skip
+    tensors = {"candidates": candidates.half()}
+    for number, one in enumerate(trained):
+        for name, value in one.vae.decoder.state_dict().items():
+            if not name.endswith("num_batches_tracked"):
+                tensors[f"{number}.decoder.{name}"] = value
+    held_out = (logits.argmax(1) == labels).float().mean().item()
+    return tensors, run.header(settings, clean, held_out_accuracy=held_out)
+
+
+def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    source = run.out / "abs.safetensors"
+    if not source.exists():
+        train("abs", run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress)
+    plain = zoo.load(source)
+    assert isinstance(plain, ABS)
+    images, labels = run.held_out
+    response = Threshold()
+    model = ABS(list(plain.decoders), plain.candidates, response=response, beta=plain.beta)
+    # every class followed to the end: the factors may bring a class back that the search would have given up
+    energies = torch.cat([model.analyze(chunk).energies for chunk in images.split(128)])
+    model.scales = class_scales(energies, labels)
+    calibration = calibrate(energies * model.scales, labels)
+    model.alpha, model.eta = calibration.alpha, calibration.eta
+    model.refusal = refusal_threshold(model.posterior(-energies * model.scales))
+    settings = {
+        "threshold": response.level, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
+        "decoders_digest": zoo.read(source).digest,
+    }  # fmt: skip
+    return {"scales": model.scales}, run.header(settings, accuracy(model, *run.test))
+
+
+def _train_cnn(run: Run, effort: float, **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    base = CNNConfig(classes=run.classes, seed=run.seed, **options)
+    config = replace(base, epochs=max(1, round(base.epochs * effort)))
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    model = train_cnn(
+        *run.train,
+        config,
+        held_out=run.held_out,
+        checkpoint=run.checkpoints / "last.safetensors",
+        progress=run.progress,
+    )
+    return _network(run, model, asdict(config), torch.float32)
+
+
+def _train_binary_cnn(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return _train_cnn(run, effort, binarized=True)
+
+
+def _train_transfer_cnn(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return _train_cnn(run, effort, maps=(32, 32, 64))
+
+
+def _train_madry(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    base = MadryConfig(classes=run.classes, seed=run.seed)
+    config = replace(base, epochs=max(1, round(base.epochs * effort)))
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    model = train_madry(
+        *run.train,
+        config,
+        held_out=run.held_out,
+        checkpoint=run.checkpoints / "last.safetensors",
+        progress=run.progress,
+    )
+    # 3.3 million weights: half precision halves the file; the accuracy is that of the stored weights
+    return _network(run, model, asdict(config), torch.float16)
+
+
+def _network(
+    run: Run, model: nn.Module, config: dict[str, Any], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    stored = {
+        name: value.to(dtype) if value.is_floating_point() else value for name, value in model.state_dict().items()
+    }
+    model.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in stored.items()}
+    )
+    config = {**config, "channels": run.train[0].shape[1], "image_size": run.train[0].shape[-1]}
+    return stored, run.header(config, accuracy(model, *run.test), held_out_accuracy=accuracy(model, *run.held_out))
+
+
+def _train_nearest_neighbor(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Nothing to learn: the training images themselves, all of them."""
+    images, labels = torch.cat([run.train[0], run.held_out[0]]), torch.cat([run.train[1], run.held_out[1]])
+    from absynth.baselines import NearestNeighbor
+
+    clean = accuracy(NearestNeighbor(images, labels), *run.test)
+    stored = {"images": (images * 255).round().to(torch.uint8), "labels": labels.to(torch.uint8)}
+    return stored, run.header({"classes": run.classes}, clean)
+
+
+def choose_candidates(latents: Tensor, count: int, seed: int) -> Tensor:
+    """``count`` latents (M,D) that cover those of the training images (N,D): the centers of a k-means clustering.
+
+    With no more than ``count`` images, their own latents, filled up by draws around them.
+    """
+    if len(latents) <= count:
+        generator = torch.Generator().manual_seed(seed)
+        extra = torch.randint(len(latents), (count - len(latents),), generator=generator)
+        noise = 0.3 * torch.randn(len(extra), latents.shape[1], generator=generator)
+        return torch.cat([latents, latents[extra] + noise])
+    from sklearn.cluster import MiniBatchKMeans  # here: slow to import, needed by this function only
+
+    clusters = MiniBatchKMeans(count, random_state=seed, n_init=1, batch_size=4096, max_iter=20)
+    clusters.fit(latents.numpy().astype(np.float64))
+    return torch.from_numpy(clusters.cluster_centers_).float()
+
+
+@torch.no_grad()
+def batched(model: nn.Module, images: Tensor, size: int = 128) -> Tensor:
+    """Logits (N,K) of images (N,C,S,S), ``size`` at a time."""
+    return torch.cat([model(chunk) for chunk in images.split(size)])
+
+
+_RECIPES: dict[str, Callable[[Run, float], tuple[dict[str, Tensor], dict[str, Any]]]] = {
+    "abs": _train_abs,
+    "binary-abs": _train_binary_abs,
+    "cnn": _train_cnn,
+    "binary-cnn": _train_binary_cnn,
+    "transfer-cnn": _train_transfer_cnn,
+    "nearest-neighbor": _train_nearest_neighbor,
+    "madry": _train_madry,
+}

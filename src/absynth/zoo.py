@@ -1,0 +1,201 @@
+"""The models by name: weights, configuration, provenance and digest.
+
+A weight file is safetensors: tensors, and one JSON object in its header under "absynth" (model, configuration, data,
+data digest, seed, accuracy, version, command, and the SHA-256 of the tensors, checked at load). Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from absynth import __version__, data
+from absynth.baselines import CNN, Binarized, MadryCNN, NearestNeighbor
+from absynth.classifiers import ABS
+from absynth.errors import InputError, unknown_name
+from absynth.responses import Threshold
+from absynth.vae import Decoder, VAEConfig
+
+WEIGHTS = Path(str(files("absynth"))) / "weights"
+
+DESCRIPTIONS = {
+    "abs": "analysis by synthesis: one generative model per class",
+    "binary-abs": "ABS on the thresholded image, energies scaled per class",
+    "cnn": "plain convolutional network",
+    "binary-cnn": "the same on the thresholded image",
+    "transfer-cnn": "a smaller CNN, the source of transfer attacks",
+    "nearest-neighbor": "nearest training image of each class in L2",
+    "madry": "adversarially trained network (L-infinity 0.3)",
+}
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """The content of a weight file: ``tensors`` by name, and the ``header``."""
+
+    tensors: dict[str, Tensor]
+    header: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        return str(self.header["digest"])
+
+
+def names() -> tuple[str, ...]:
+    """The models that ``load`` knows by name."""
+    return tuple(DESCRIPTIONS)
+
+
+def path_of(name: str | Path, folder: str | Path | None = None) -> Path:
+    """Where the weights of a model are: a name of ``names()`` in ``folder`` (default: shipped), or a file's path."""
+    if isinstance(name, Path) or name.endswith(".safetensors"):
+        path = Path(name)
+        if not path.is_file():
+            raise InputError(f"no weight file at {path}: give an existing file or one of {', '.join(names())}")
+        return path
+    if name not in DESCRIPTIONS:
+        raise unknown_name("model", name, DESCRIPTIONS)
+    return Path(folder or WEIGHTS) / f"{name}.safetensors"
+
+
+def load(name: str | Path, *, folder: str | Path | None = None, device: str | torch.device = "cpu") -> nn.Module:
+    """A model ready to use, in eval mode: float32 images (B,C,S,S) in [0,1] -> logits (B,K).
+
+    ``name`` is one of ``names()`` or the path of a weight file; ``folder`` holds weight files under these names
+    (default: those shipped with the package, trained on MNIST). "nearest-neighbor" has no weights of its own: it loads
+    its training set, see ``absynth.data.load``. Raises InputError for unknown names and damaged files.
+    """
+    if name == "nearest-neighbor" and not path_of(name, folder).exists():
+        return NearestNeighbor(*data.load("mnist", "train")).eval().to(device)
+    path = path_of(name, folder)
+    file = read(path)
+    kind = str(file.header.get("model"))
+    if kind not in _BUILDERS:
+        raise InputError(f"weight file {path} is of a model {kind!r} that this version does not know: update absynth")
+    try:
+        model = _BUILDERS[kind](file, path.parent)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise InputError(
+            f"weight file {path} does not fit model {kind!r} ({error}): train or download it again"
+        ) from error
+    return model.eval().requires_grad_(False).to(device)
+
+
+def read(path: str | Path) -> WeightFile:
+    """The content of a weight file, its digest checked. Raises InputError if it is missing, damaged or altered."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no weight file at {path}: train it with 'absynth train {path.stem} --out {path.parent}'")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["absynth"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"weight file {path} is unreadable or truncated ({error}): replace it by an intact copy"
+        ) from error
+    if header.get("digest") != tensor_digest(tensors):
+        raise InputError(f"weight file {path} does not match the digest in its header: replace it by an intact copy")
+    return WeightFile(tensors, header)
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+    """Write a weight file, whole or not at all; ``version`` and ``digest`` are added to the header."""
+    path = Path(path)
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    full = {**header, "version": __version__, "digest": tensor_digest(stored)}
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(safetensors.torch.save(stored, {"absynth": json.dumps(full, sort_keys=True)}))
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"cannot write weights to {path}: {error.strerror or error}; choose a writable folder"
+        ) from error
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors: names, types, shapes and bytes, in the order of the names."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _abs(file: WeightFile, folder: Path) -> ABS:
+    """Tensors "K.decoder.*" of every class K, and "candidates" (K,M,D)."""
+    config = file.header["config"]
+    sizes = VAEConfig(config["image_size"], config["channels"], config["latent_size"])
+    decoders = []
+    for number in range(config["classes"]):
+        decoder = Decoder(sizes)
+        prefix = f"{number}.decoder."
+        weights = {name[len(prefix) :]: value for name, value in file.tensors.items() if name.startswith(prefix)}
+        decoder.load_state_dict(weights)
+        decoders.append(decoder.eval())
+    return ABS(
+        decoders, file.tensors["candidates"].float(), alpha=config["alpha"], eta=config["eta"], beta=config["beta"],
+        refusal=config["refusal"],
+    )  # fmt: skip
+
+
+def _binary_abs(file: WeightFile, folder: Path) -> ABS:
+    """Tensor "scales" (K,); the decoders are those of the ABS weights beside it."""
+    config = file.header["config"]
+    decoders = read(folder / "abs.safetensors")
+    if decoders.digest != config["decoders_digest"]:
+        raise InputError(
+            f"binary-abs in {folder} was made for other abs weights: run 'absynth train binary-abs --out {folder}'"
+        )
+    plain = _abs(decoders, folder)
+    return ABS(
+        list(plain.decoders), plain.candidates, response=Threshold(config["threshold"]), scales=file.tensors["scales"],
+        alpha=config["alpha"], eta=config["eta"], beta=plain.beta, refusal=config["refusal"],
+    )  # fmt: skip
+
+
+def _cnn(file: WeightFile, folder: Path) -> nn.Module:
+    config = file.header["config"]
+    network = CNN(tuple(config["maps"]), config["classes"], config.get("channels", 1), config.get("image_size", 28))
+    model: nn.Module = Binarized(network) if config.get("binarized") else network
+    model.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in file.tensors.items()}
+    )
+    return model
+
+
+def _madry(file: WeightFile, folder: Path) -> nn.Module:
+    config = file.header["config"]
+    model = MadryCNN(config["classes"], config.get("channels", 1), config.get("image_size", 28))
+    model.load_state_dict({name: value.float() for name, value in file.tensors.items()})
+    return model
+
+
+def _nearest_neighbor(file: WeightFile, folder: Path) -> nn.Module:
+    """Tensors "images" (N,C,S,S) uint8 and "labels" (N,)."""
+    return NearestNeighbor(file.tensors["images"].float() / 255, file.tensors["labels"].long())
+
+
+_BUILDERS: dict[str, Callable[[WeightFile, Path], nn.Module]] = {
+    "abs": _abs,
+    "binary-abs": _binary_abs,
+    "cnn": _cnn,
+    "binary-cnn": _cnn,
+    "transfer-cnn": _cnn,
+    "madry": _madry,
+    "nearest-neighbor": _nearest_neighbor,
+}
