@@ -1,0 +1,99 @@
+"""Two evaluations side by side, on the images both have."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from absynth.errors import InputError
+from absynth.evaluation.statistics import median
+from absynth.evaluation.summary import Cell, ModelSummary, summarize, within
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One cell in two evaluations, on their ``images`` shared images.
+
+    ``nearer`` and ``farther`` count the images whose adversarial is nearer, or farther, in the second. ``p_value`` is
+    that of the two-sided sign test on these: the probability of a split this uneven if neither were nearer in truth.
+    """
+
+    model: str
+    norm: str
+    attack: str
+    images: int
+    medians: tuple[float, float]
+    accuracies: tuple[float, float]
+    nearer: int
+    farther: int
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided sign test; 1 where nothing differs."""
+        count = self.nearer + self.farther
+        tail = sum(math.comb(count, k) for k in range(min(self.nearer, self.farther) + 1)) / 2**count
+        return min(1.0, 2 * tail)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; infinite ones are None."""
+        medians = [value if math.isfinite(value) else None for value in self.medians]
+        return {**vars(self), "medians": medians, "accuracies": list(self.accuracies), "p_value": self.p_value}
+
+
+def compare(first: str | Path, second: str | Path) -> tuple[Difference, ...]:
+    """What differs between two runs: per model, norm and attack (``all`` first) that both have, on shared images.
+
+    Models are matched by name; two runs of one model each are compared whatever the names. Raises InputError when a run
+    cannot be read, the data differ, or nothing is shared.
+    """
+    one, two = summarize(first), summarize(second)
+    if one.facts.get("data_digest") != two.facts.get("data_digest"):
+        raise InputError(f"{first} and {second} are about different data: compare runs on the same split")
+    found: list[Difference] = []
+    for left, right in _pairs(one.models, two.models):
+        name = left.name if left.name == right.name else f"{left.name} | {right.name}"
+        for norm in left.norms:
+            if norm in right.norms:
+                found += _cells(name, norm, _named(left, norm), _named(right, norm))
+    if not found:
+        raise InputError(f"{first} and {second} share no model, norm and image: nothing to compare")
+    return tuple(found)
+
+
+def _pairs(one: tuple[ModelSummary, ...], two: tuple[ModelSummary, ...]) -> list[tuple[ModelSummary, ModelSummary]]:
+    if len(one) == len(two) == 1:
+        return [(one[0], two[0])]
+    others = {model.name: model for model in two}
+    return [(model, others[model.name]) for model in one if model.name in others]
+
+
+def _named(model: ModelSummary, norm: str) -> dict[str, Cell]:
+    return {"all": model.norms[norm].all, **model.norms[norm].attacks}
+
+
+def _cells(model: str, norm: str, left: Mapping[str, Cell], right: Mapping[str, Cell]) -> list[Difference]:
+    found = []
+    for attack, cell in left.items():
+        if attack not in right:
+            continue
+        pairs = [(d, right[attack].distances[i]) for i, d in cell.distances.items() if i in right[attack].distances]
+        if not pairs:
+            continue
+        sides = [[pair[side] for pair in pairs] for side in (0, 1)]
+        alive = [sum(not within(d, cell.threshold) for d in side) / len(pairs) for side in sides]
+        found.append(
+            Difference(
+                model,
+                norm,
+                attack,
+                len(pairs),
+                (median(sides[0]), median(sides[1])),
+                (alive[0], alive[1]),
+                nearer=sum(b < a for a, b in pairs),
+                farther=sum(b > a for a, b in pairs),
+            )
+        )
+    return found

@@ -1,0 +1,375 @@
+"""The ledger of an evaluation: one SQLite file, the only place that knows SQL.
+
+One ledger holds one split of one data set and any number of models. A batch of rows is one transaction, so that a
+process killed at any instant loses at most the batch in flight. Resuming is a set difference on the primary keys.
+
+The tables are plain and may be read with any SQLite tool: ``rows``, ``clean``, ``images``, ``models``, ``attacks``,
+``certificates``, ``probes``, ``doubts``, ``meta``. Images are zlib-compressed little-endian float32.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from absynth.errors import InputError
+from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, ModelRecord, Row
+
+FILE_NAME = "ledger.sqlite"
+SCHEMA_VERSION = 1
+_APPLICATION = 0x41425359  # "ABSY" in the file's header: tells our ledgers from other SQLite files
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE models (digest TEXT PRIMARY KEY, name TEXT NOT NULL, classes INTEGER NOT NULL);
+CREATE TABLE attacks (attack TEXT PRIMARY KEY, name TEXT NOT NULL, norm TEXT NOT NULL, knowledge TEXT NOT NULL,
+    kind TEXT NOT NULL);
+CREATE TABLE images (image INTEGER PRIMARY KEY, label INTEGER NOT NULL, shape TEXT NOT NULL, pixels BLOB NOT NULL);
+CREATE TABLE clean (model TEXT, image INTEGER, label INTEGER NOT NULL, prediction INTEGER, logits BLOB,
+    message TEXT NOT NULL, PRIMARY KEY (model, image));
+CREATE TABLE rows (model TEXT, attack TEXT, norm TEXT, image INTEGER, seed INTEGER, label INTEGER NOT NULL,
+    distance REAL NOT NULL, found INTEGER NOT NULL, status TEXT NOT NULL, forward INTEGER NOT NULL,
+    backward INTEGER NOT NULL, seconds REAL NOT NULL, shape TEXT, adversarial BLOB, message TEXT NOT NULL,
+    PRIMARY KEY (model, attack, norm, image, seed));
+CREATE TABLE certificates (model TEXT, image INTEGER, norm TEXT, method TEXT, radius REAL NOT NULL, kind TEXT NOT NULL,
+    label INTEGER NOT NULL, PRIMARY KEY (model, image, norm, method));
+CREATE TABLE probes (model TEXT, probe TEXT, subject TEXT, PRIMARY KEY (model, probe, subject));
+CREATE TABLE doubts (model TEXT, code TEXT, subject TEXT, message TEXT NOT NULL, PRIMARY KEY (model, code, subject));
+"""
+_COPIED = ("models", "attacks", "images", "clean", "rows", "certificates", "probes", "doubts")
+
+
+class Ledger:
+    """The ledger in the run folder ``folder``. Use as a context manager.
+
+    ``write=True`` makes folder and file when they are missing and keeps other writers out; readers may read meanwhile.
+
+    Raises InputError for a folder without a ledger, a damaged file or one that is no ledger, a ledger of another
+    version, one that another process writes to, and a folder that cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, *, write: bool = False) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / FILE_NAME
+        self._lock: sqlite3.Connection | None = None
+        self._connection: sqlite3.Connection | None = None
+        try:
+            with self._explained():
+                if write:
+                    self._claim()
+                elif not self.path.is_file():
+                    raise InputError(
+                        f"no evaluation in {self.folder}: run `absynth evaluate --out {self.folder}` first"
+                    )
+                self._connection = sqlite3.connect(self.path, timeout=10.0, isolation_level=None)
+                self._open(write)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file and let other writers in."""
+        for connection in (self._connection, self._lock):
+            if connection is not None:
+                connection.close()
+        self._connection = self._lock = None
+
+    # What the ledger is about
+
+    def describe(self, **facts: str) -> None:
+        """Write down what the whole ledger is about: ``data``, ``split``, ``data_digest``.
+
+        Raises InputError when the ledger is already about something else.
+        """
+        known = self.facts()
+        for key, value in facts.items():
+            if key in known and known[key] != value:
+                raise InputError(
+                    f"{self.folder} holds an evaluation with {key.replace('_', ' ')} {known[key]!r}, this one has "
+                    f"{value!r}: give another output folder"
+                )
+        self._write("INSERT OR IGNORE INTO meta VALUES (?,?)", facts.items())
+
+    def facts(self) -> dict[str, str]:
+        """What ``describe`` wrote down."""
+        return dict(self._all("SELECT key, value FROM meta"))
+
+    # Adding
+
+    def add_models(self, records: Iterable[ModelRecord]) -> None:
+        """Add models; a known digest is updated."""
+        self._write("INSERT OR REPLACE INTO models VALUES (?,?,?)", [(r.digest, r.name, r.classes) for r in records])
+
+    def add_attacks(self, records: Iterable[AttackRecord]) -> None:
+        """Add attacks; known ones stay."""
+        values = [(r.attack, r.name, r.norm, r.knowledge, r.kind) for r in records]
+        self._write("INSERT OR IGNORE INTO attacks VALUES (?,?,?,?,?)", values)
+
+    def add_images(self, indices: Sequence[int], images: Tensor, labels: Sequence[int]) -> None:
+        """Add the clean images (n,C,H,W); known indices stay."""
+        values = [
+            (index, label, _shape(image), _pack(image))
+            for index, image, label in zip(indices, images, labels, strict=True)
+        ]
+        self._write("INSERT OR IGNORE INTO images VALUES (?,?,?,?)", values)
+
+    def add_clean(self, rows: Iterable[CleanRow]) -> None:
+        """Add clean answers; known ones are replaced."""
+        values = [
+            (r.model, r.image, r.label, r.prediction, None if r.logits is None else _pack(r.logits), r.message)
+            for r in rows
+        ]
+        self._write("INSERT OR REPLACE INTO clean VALUES (?,?,?,?,?,?)", values)
+
+    def add_rows(self, rows: Iterable[Row]) -> None:
+        """Add attack rows in one transaction; known keys stay as they are."""
+        self._write(f"INSERT OR IGNORE INTO rows VALUES ({','.join('?' * 15)})", [_row_values(row) for row in rows])
+
+    def add_certificates(self, certificates: Iterable[Certificate]) -> None:
+        """Add certificates; known ones (same model, image, norm and method) are replaced."""
+        values = [(c.model, c.image, c.norm, c.method, c.radius, c.kind, c.label) for c in certificates]
+        self._write("INSERT OR REPLACE INTO certificates VALUES (?,?,?,?,?,?,?)", values)
+
+    def add_probe(self, model: str, probe: str, subject: str, doubts: Iterable[Doubt]) -> None:
+        """Write down that ``probe`` has been put to ``subject``, and the doubts it raised."""
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO probes VALUES (?,?,?)", (model, probe, subject))
+            values = [(d.model, d.code, d.subject, d.message) for d in doubts]
+            connection.executemany("INSERT OR REPLACE INTO doubts VALUES (?,?,?,?)", values)
+
+    def forget_errors(self, model: str) -> None:
+        """Drop the rows of ``model`` that are marked as errors, so that a run tries them again."""
+        with self._transaction() as connection:
+            connection.execute("DELETE FROM rows WHERE model = ? AND status = 'error'", (model,))
+            connection.execute("DELETE FROM clean WHERE model = ? AND prediction IS NULL", (model,))
+
+    # Reading
+
+    def keys(self, model: str) -> set[tuple[str, int, int]]:
+        """The (attack, image, seed) that have a row."""
+        return set(self._all("SELECT attack, image, seed FROM rows WHERE model = ?", model))
+
+    def models(self) -> list[ModelRecord]:
+        """All models, in the order of their names."""
+        return [
+            ModelRecord(*values)
+            for values in self._all("SELECT digest, name, classes FROM models ORDER BY name, digest")
+        ]
+
+    def attacks(self) -> dict[str, AttackRecord]:
+        """All attacks by their repr."""
+        found = self._all("SELECT attack, name, norm, knowledge, kind FROM attacks ORDER BY rowid")
+        return {values[0]: AttackRecord(*values) for values in found}
+
+    def images(self) -> dict[int, tuple[Tensor, int]]:
+        """Clean image (C,H,W) and label by index."""
+        found = self._all("SELECT image, pixels, shape, label FROM images ORDER BY image")
+        return {image: (_unpack(pixels, shape), label) for image, pixels, shape, label in found}
+
+    def clean(self, model: str) -> list[CleanRow]:
+        """The clean answers of a model, by image."""
+        found = self._all(
+            "SELECT model, image, label, prediction, logits, message FROM clean WHERE model = ? ORDER BY image", model
+        )
+        return [
+            CleanRow(model, image, label, prediction, None if logits is None else _unpack(logits, None), message)
+            for model, image, label, prediction, logits, message in found
+        ]
+
+    def rows(self, model: str, *, images: bool = True) -> list[Row]:
+        """The attack rows of a model in the order they were written, with (``images``) or without adversarials."""
+        blob = "adversarial, shape" if images else "NULL, NULL"
+        found = self._all(
+            "SELECT model, attack, norm, image, seed, label, distance, status, forward, backward, seconds, message, "
+            f"{blob} FROM rows WHERE model = ? ORDER BY rowid",
+            model,
+        )
+        rows = []
+        for values in found:
+            pixels, shape = values[12:]
+            rows.append(Row(*values[:11], None if pixels is None else _unpack(pixels, shape), values[11]))
+        return rows
+
+    def certificates(self, model: str) -> list[Certificate]:
+        """The certificates of a model."""
+        found = self._all(
+            "SELECT model, image, norm, radius, method, kind, label FROM certificates WHERE model = ? "
+            "ORDER BY method, norm, image",
+            model,
+        )
+        return [Certificate(*values) for values in found]
+
+    def probes(self, model: str) -> set[tuple[str, str]]:
+        """The (probe, subject) done for a model."""
+        return set(self._all("SELECT probe, subject FROM probes WHERE model = ?", model))
+
+    def doubts(self, model: str) -> list[Doubt]:
+        """The doubts that probes of a model raised."""
+        found = self._all(
+            "SELECT model, code, subject, message FROM doubts WHERE model = ? ORDER BY code, subject", model
+        )
+        return [Doubt(*values) for values in found]
+
+    def merge_from(self, other: Ledger) -> None:
+        """Take over everything of ``other`` that is not here yet.
+
+        Raises InputError when it is about other data.
+        """
+        self.describe(**other.facts())
+        with self._transaction() as connection:
+            for table in _COPIED:
+                found = other._all(f"SELECT * FROM {table} ORDER BY rowid")
+                if found:
+                    places = ",".join("?" * len(found[0]))
+                    connection.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({places})", found)
+
+    # SQLite
+
+    def _claim(self) -> None:
+        """Keep other writers out for as long as this ledger is open.
+
+        An open exclusive transaction on a second, empty SQLite file: the system takes it back however the process ends,
+        and unlike one on the ledger itself it keeps no reader out.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot make the run folder {self.folder}: {error.strerror}; choose a writable one"
+            ) from error
+        self._lock = sqlite3.connect(self.folder / "writer.lock", timeout=0.2, isolation_level=None)
+        self._lock.execute("BEGIN EXCLUSIVE")
+
+    def _open(self, write: bool) -> None:
+        connection = self._checked()
+        if write and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.executescript(
+                f"BEGIN IMMEDIATE; PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION};"
+                f"{_SCHEMA} COMMIT;"
+            )
+        if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
+            raise InputError(f"{self.path} is an SQLite file but no ledger of absynth: give another folder")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version != SCHEMA_VERSION:
+            raise InputError(
+                f"{self.path} is a ledger of version {version}, this absynth reads version {SCHEMA_VERSION}: use the "
+                "absynth that wrote it, or give another output folder"
+            )
+        problem = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if problem != "ok":
+            raise sqlite3.DatabaseError(problem)
+
+    def _checked(self) -> sqlite3.Connection:
+        if self._connection is None:
+            raise InputError(f"the ledger in {self.folder} is closed: open it again")
+        return self._connection
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """SQLite's errors as InputErrors."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "locked" in str(error) or "busy" in str(error):
+                raise InputError(
+                    f"{self.folder} is in use by another process: wait until it has ended, or give another output "
+                    "folder"
+                ) from error
+            raise InputError(
+                f"cannot use {self.path}: {error}; check the folder's permissions and free space"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            raise InputError(
+                f"{self.path} is damaged ({error}): restore it from a copy, or move it away and run again"
+            ) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._explained():
+            connection = self._checked()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+            except BaseException:
+                connection.execute("ROLLBACK")
+                raise
+            connection.execute("COMMIT")
+
+    def _write(self, statement: str, values: Iterable[Sequence[Any]]) -> None:
+        with self._transaction() as connection:
+            connection.executemany(statement, list(values))
+
+    def _all(self, statement: str, *values: Any) -> list[Any]:
+        with self._explained(), closing(self._checked().execute(statement, values)) as cursor:
+            return cursor.fetchall()
+
+
+def merge_ledgers(sources: Sequence[str | Path], target: str | Path) -> None:
+    """Put the rows of all ``sources`` (run folders) into the ledger of ``target``, made if missing; of equal keys the
+    first.
+
+    Raises InputError when they are about different data.
+    """
+    with Ledger(target, write=True) as merged:
+        for source in sources:
+            if Path(source).resolve() == Path(target).resolve():
+                continue
+            with Ledger(source) as other:
+                merged.merge_from(other)
+
+
+def ledger_folders(folders: Iterable[str | Path]) -> list[Path]:
+    """The run folders at or below ``folders``, sorted below each. Raises InputError where there is none."""
+    found: list[Path] = []
+    for folder in map(Path, folders):
+        here = sorted(path.parent for path in folder.rglob(FILE_NAME)) if folder.is_dir() else []
+        if not here:
+            raise InputError(f"no evaluation in {folder}: run `absynth evaluate --out {folder}` first")
+        found += [path for path in here if path not in found]
+    return found
+
+
+def _row_values(row: Row) -> tuple[Any, ...]:
+    blob = None if row.adversarial is None else _pack(row.adversarial)
+    shape = None if row.adversarial is None else _shape(row.adversarial)
+    return (
+        *(row.model, row.attack, row.norm, row.image, row.seed, row.label, row.distance, int(row.found), row.status),
+        *(row.forward, row.backward, row.seconds, shape, blob, row.message),
+    )
+
+
+def _shape(image: Tensor) -> str:
+    return "x".join(map(str, image.shape))
+
+
+def _pack(values: Tensor) -> bytes:
+    return zlib.compress(values.detach().cpu().contiguous().numpy().astype("<f4").tobytes())
+
+
+def _unpack(blob: bytes, shape: str | None) -> Tensor:
+    """The tensor of a blob, flat without a shape; a blob of the wrong size comes back flat for ``verify`` to report."""
+    try:
+        values = np.frombuffer(zlib.decompress(blob), dtype="<f4").copy()
+    except (zlib.error, ValueError):
+        return torch.full((0,), torch.nan)
+    flat = torch.from_numpy(values)
+    sizes = [int(size) for size in shape.split("x")] if shape else [len(flat)]
+    return flat.view(sizes) if flat.numel() == int(np.prod(sizes)) else flat

@@ -1,0 +1,179 @@
+"""Carrying out a plan: every job's rows are computed, judged and written down before the next one starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from absynth import data as datasets
+from absynth.attacks.base import Attack, Classifier
+from absynth.errors import InputError
+from absynth.evaluation import doubts as doubting
+from absynth.evaluation.jobs import clean_rows, run_job
+from absynth.evaluation.ledger import Ledger
+from absynth.evaluation.plan import Plan, choose_attacks, image_indices, load_model, model_digest
+from absynth.evaluation.rows import AttackRecord, ModelRecord
+from absynth.evaluation.summary import Summary, summarize
+
+CLEAN_BATCH = 256
+NORMS = ("l0", "l2", "linf")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far an evaluation is: rows ``done`` of ``total``, what was done last, and the seconds left at this pace."""
+
+    done: int
+    total: int
+    attack: str
+    seconds_left: float | None
+
+
+def evaluate(
+    model: str | nn.Module,
+    data: str | Path | tuple[Tensor, Tensor] = "mnist",
+    split: str = "test",
+    suite: str | Iterable[Attack] = "quick",
+    norms: Sequence[str] = NORMS,
+    images: int | Sequence[int] = 100,
+    out: str | Path = "runs/evaluation",
+    seed: int = 0,
+    progress: Callable[[Progress], None] | None = None,
+    *,
+    name: str | None = None,
+    root: str | Path | None = None,
+    batch_size: int = 32,
+    probe: bool = True,
+    retry_errors: bool = False,
+) -> Summary:
+    """Attack a model and write every row into the ledger of the run folder ``out``; what has a row is not done again.
+
+    ``model`` is a name of the zoo, ``package.module:factory`` or a module in eval mode (give it a ``name``). ``data``
+    is a data set's name or folder, or (images (N,C,H,W) float32 in [0,1], labels (N,)). ``suite`` is a suite's or
+    attack's name, several separated by commas, ``"none"``, or attacks. ``images`` is how many of the split's first, or
+    their indices. ``probe`` puts the questions of ``absynth.evaluation.doubts`` to model and attacks. ``retry_errors``
+    tries images again that an earlier run marked as errors.
+
+    Interrupted at any instant, it loses at most the batch in flight; called again, it goes on. Models or attacks that
+    fail give rows with status ``error`` and the rest goes on. Raises InputError for bad input and for a folder that
+    holds another model's, data set's or seed's evaluation.
+    """
+    label = name or (model if isinstance(model, str) else type(model).__name__)
+    classifier = load_model(model) if isinstance(model, str) else model
+    pictures, labels, data_name, split = _load(data, split, root)
+    plan = Plan(
+        model=label,
+        model_digest=model_digest(classifier),
+        attacks=choose_attacks(suite, norms, classifier),
+        images=image_indices(images, len(pictures)),
+        data=data_name,
+        split=split,
+        data_digest=datasets.digest(pictures, labels),
+        seed=seed,
+        batch_size=batch_size,
+    )
+    with Ledger(out, write=True) as ledger:
+        if retry_errors:
+            ledger.forget_errors(plan.model_digest)
+        run(plan, classifier, pictures, labels, ledger, progress=progress, probe=probe)
+    return summarize(out)
+
+
+def run(
+    plan: Plan,
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    ledger: Ledger,
+    *,
+    progress: Callable[[Progress], None] | None = None,
+    probe: bool = True,
+) -> None:
+    """Carry out ``plan`` on the split's ``images`` (N,C,H,W) and ``labels`` (N,), as far as ``ledger`` does not have
+    it."""
+    check_run(plan, ledger)
+    prepare(plan, classifier, images, labels, ledger)
+    clean = {row.image: row for row in ledger.clean(plan.model_digest)}
+    if probe:
+        doubting.probe_model(plan, classifier, images, labels, ledger)
+    jobs = plan.jobs(ledger.keys(plan.model_digest))
+    total = len(plan.attacks) * len(plan.images)
+    done = total - sum(len(job.images) for job in jobs)
+    started, before = time.monotonic(), done
+    for job in jobs:
+        index = list(job.images)
+        ledger.add_rows(run_job(job, classifier, images[index], labels[index], clean, plan.model_digest, plan.seed))
+        done += len(index)
+        if progress is not None:
+            pace = (time.monotonic() - started) / (done - before)
+            progress(Progress(done, total, job.attack.name, pace * (total - done)))
+    if probe:
+        doubting.probe_attacks(plan, classifier, images, labels, ledger)
+
+
+def check_run(plan: Plan, ledger: Ledger) -> None:
+    """Raises InputError when the ledger holds another model, other data or another seed than the plan."""
+    ledger.describe(data=plan.data, split=plan.split, data_digest=plan.data_digest)
+    known = {record.digest: record.name for record in ledger.models()}
+    if known and plan.model_digest not in known:
+        names = ", ".join(sorted(known.values()))
+        raise InputError(
+            f"{ledger.folder} holds the evaluation of another model ({names}, digest {min(known)[:12]}; this one is "
+            f"{plan.model}, {plan.model_digest[:12]}): give another output folder"
+        )
+    seeds = {seed for _, _, seed in ledger.keys(plan.model_digest)} - {plan.seed}
+    if seeds:
+        raise InputError(
+            f"{ledger.folder} holds rows of seed {min(seeds)}, this plan has seed {plan.seed}: give another "
+            "output folder, "
+            "and merge the two afterwards"
+        )
+
+
+def prepare(plan: Plan, classifier: Classifier, images: Tensor, labels: Tensor, ledger: Ledger) -> None:
+    """Write down images, attacks, model and the model's clean answers. Raises InputError for labels out of range."""
+    known = {row.image for row in ledger.clean(plan.model_digest)}
+    todo = [image for image in plan.images if image not in known]
+    ledger.add_images(todo, images[todo], labels[todo].tolist())
+    ledger.add_attacks(_attack_record(attack) for attack in plan.attacks)
+    for start in range(0, len(todo), CLEAN_BATCH):
+        batch = todo[start : start + CLEAN_BATCH]
+        rows = clean_rows(classifier, batch, images[batch], labels[batch], plan.model_digest)
+        classes = max((len(row.logits) for row in rows if row.logits is not None), default=0)
+        for row in rows:
+            if row.label < 0 or (classes and row.label >= classes):
+                raise InputError(
+                    f"image {row.image} has label {row.label}, the model has {classes or 'no'} classes numbered "
+                    "from 0: "
+                    "give the data set the model was made for"
+                )
+        ledger.add_models([ModelRecord(plan.model_digest, plan.model, classes)])
+        ledger.add_clean(rows)
+
+
+def _load(
+    data: str | Path | tuple[Tensor, Tensor], split: str, root: str | Path | None
+) -> tuple[Tensor, Tensor, str, str]:
+    if not isinstance(data, tuple):
+        pictures, labels = datasets.load(data, split, root)
+        return pictures, labels, str(data), split
+    pictures, labels = data
+    if pictures.ndim != 4 or pictures.dtype != torch.float32 or not ((pictures >= 0) & (pictures <= 1)).all():
+        raise InputError(
+            f"images are {pictures.dtype} {tuple(pictures.shape)}; expected float32 (N,C,H,W) with values in [0,1]: "
+            "divide by 255 or clip"
+        )
+    if labels.shape != pictures.shape[:1] or labels.is_floating_point():
+        raise InputError(f"labels are {labels.dtype} {tuple(labels.shape)}; expected {len(pictures)} integers")
+    return pictures, labels.long(), "tensors", "all"
+
+
+def _attack_record(attack: Attack) -> AttackRecord:
+    # An attack and its form refined for thresholded inputs are one line of a table: the repr keeps them apart.
+    name = attack.name.replace("-refined", "")
+    return AttackRecord(repr(attack), name, str(attack.norm), attack.knowledge, attack.kind)

@@ -1,0 +1,323 @@
+"""What the rows of a ledger say: medians, accuracies, wins, costs; of every attack, of all together, of the union of
+balls."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from absynth.evaluation.doubts import ledger_doubts
+from absynth.evaluation.ledger import Ledger, ledger_folders
+from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, Row
+from absynth.evaluation.statistics import Interval, median, median_interval, wilson_interval
+from absynth.norms import NORMS
+
+#: The paper's thresholds and MSD's for L1. An image whose distance equals the threshold counts as broken.
+THRESHOLDS: Mapping[str, float] = {"l0": 12.0, "l1": 10.0, "l2": 1.5, "linf": 0.3}
+UNION = ("l0", "l2", "linf")
+#: A distance this much (relatively) above a threshold equals it: 0.3 is no float32.
+EQUAL = 1e-6
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the table. ``distances`` by image index; errors are left out and counted.
+
+    ``accuracy`` is the share of images whose distance exceeds ``threshold``. ``forward``, ``backward`` (queries) and
+    ``seconds`` are means over the images an attack was spent on; ``wins`` is on how many images the attack was the
+    nearest of all, ties shared.
+    """
+
+    distances: Mapping[int, float]
+    threshold: float
+    errors: int = 0
+    forward: float = 0.0
+    backward: float = 0.0
+    seconds: float = 0.0
+    wins: float = 0.0
+    knowledge: str = ""
+
+    @property
+    def images(self) -> int:
+        """How many images have a usable row."""
+        return len(self.distances)
+
+    @property
+    def median(self) -> float:
+        """Median distance; infinite when fewer than half of the images are broken."""
+        return median(list(self.distances.values()))
+
+    @property
+    def median_interval(self) -> Interval:
+        """95 % interval of the median."""
+        return median_interval(list(self.distances.values()))
+
+    @property
+    def survivors(self) -> int:
+        """Images farther from their adversarial than the threshold."""
+        return sum(not within(distance, self.threshold) for distance in self.distances.values())
+
+    @property
+    def accuracy(self) -> float:
+        """Share of survivors, in [0,1]; NaN without images."""
+        return self.survivors / self.images if self.images else math.nan
+
+    @property
+    def accuracy_interval(self) -> Interval:
+        """95 % interval (Wilson) of the accuracy."""
+        return wilson_interval(self.survivors, self.images)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; infinite and undefined ones are None."""
+        return {
+            "median": _plain(self.median),
+            "accuracy": _plain(self.accuracy),
+            "threshold": self.threshold,
+            "images": self.images,
+            "median_interval": [_plain(value) for value in self.median_interval],
+            "accuracy_interval": list(self.accuracy_interval),
+            "errors": self.errors,
+            "forward_queries": self.forward,
+            "backward_queries": self.backward,
+            "seconds": self.seconds,
+        }
+
+
+@dataclass(frozen=True)
+class NormSummary:
+    """All attacks of one norm on one model: ``all`` takes the nearest adversarial of each image."""
+
+    all: Cell
+    attacks: Mapping[str, Cell]
+
+    def to_json(self) -> dict[str, Any]:
+        """The cell of all attacks, with those of each below ``attacks``."""
+        attacks = {name: {**cell.to_json(), "wins": cell.wins} for name, cell in self.attacks.items()}
+        return {**self.all.to_json(), "attacks": attacks}
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """Everything the ledger says about one model.
+
+    ``union`` holds the images that no adversarial of any attack breaks within the balls of L0, L2 and L∞ at their
+    thresholds; each adversarial counts in every ball it lies in, not only in its own norm's. None without rows in all
+    three. ``nearest`` is the row of each image's nearest adversarial, by norm.
+    """
+
+    name: str
+    digest: str
+    clean: Mapping[int, bool]
+    norms: Mapping[str, NormSummary]
+    union: Mapping[int, bool] | None
+    nearest: Mapping[str, Mapping[int, Row]]
+    certificates: tuple[Certificate, ...] = ()
+    doubts: tuple[Doubt, ...] = ()
+    labels: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Share of images classified correctly, in [0,1]."""
+        return sum(self.clean.values()) / len(self.clean) if self.clean else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values only."""
+        union = None
+        if self.union is not None:
+            survivors = sum(self.union.values())
+            union = {
+                "accuracy": _plain(survivors / len(self.union)) if self.union else None,
+                "accuracy_interval": list(wilson_interval(survivors, len(self.union))),
+                "images": len(self.union),
+                "thresholds": {norm: THRESHOLDS[norm] for norm in UNION},
+            }
+        return {
+            "digest": self.digest,
+            "clean_accuracy": _plain(self.clean_accuracy),
+            "clean_accuracy_interval": list(wilson_interval(sum(self.clean.values()), len(self.clean))),
+            "images": len(self.clean),
+            **{norm: summary.to_json() for norm, summary in self.norms.items()},
+            "union": union,
+            "warnings": [{"code": d.code, "subject": d.subject, "message": d.message} for d in self.doubts],
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The models of one or several run folders."""
+
+    models: tuple[ModelSummary, ...]
+    facts: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> ModelSummary:
+        return next(model for model in self.models if model.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"models": {name: {"clean_accuracy", "l2": {"median", "accuracy", "threshold", "images",
+        "attacks"}}}}``."""
+        return {**self.facts, "models": {model.name: model.to_json() for model in self.models}}
+
+
+def within(distance: float, threshold: float) -> bool:
+    """Whether a distance is at most the threshold, up to the rounding of float32 images."""
+    return distance <= threshold * (1 + EQUAL)
+
+
+def summarize(*folders: str | Path) -> Summary:
+    """Sum up the ledgers in or below the run folders. A model in several ledgers stands under ``name (folder)``.
+
+    Raises InputError when there is no ledger or one cannot be read.
+    """
+    found: list[tuple[ModelSummary, Path]] = []
+    facts: dict[str, str] = {}
+    for folder in ledger_folders(folders):
+        with Ledger(folder) as ledger:
+            facts = facts or ledger.facts()
+            attacks, images = ledger.attacks(), ledger.images()
+            for record in ledger.models():
+                rows = ledger.rows(record.digest)
+                if not rows and not ledger.clean(record.digest):
+                    continue
+                doubts = (*ledger.doubts(record.digest), *ledger_doubts(record.digest, rows, attacks))
+                model = summarize_model(
+                    record.name,
+                    record.digest,
+                    ledger.clean(record.digest),
+                    rows,
+                    attacks,
+                    {index: image for index, (image, _) in images.items()},
+                    ledger.certificates(record.digest),
+                    doubts,
+                )
+                found.append((model, folder))
+    names = [model.name for model, _ in found]
+    models = [
+        model if names.count(model.name) == 1 else _renamed(model, f"{model.name} ({folder.name}, {model.digest[:8]})")
+        for model, folder in found
+    ]
+    return Summary(tuple(models), facts)
+
+
+def summarize_model(
+    name: str,
+    digest: str,
+    clean: Iterable[CleanRow],
+    rows: Iterable[Row],
+    attacks: Mapping[str, AttackRecord],
+    images: Mapping[int, torch.Tensor],
+    certificates: Iterable[Certificate] = (),
+    doubts: Iterable[Doubt] = (),
+) -> ModelSummary:
+    """Sum up one model's rows. ``images`` are the clean images (C,H,W) by index."""
+    answers, rows = list(clean), list(rows)
+    by_norm: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_norm[row.norm].append(row)
+    labels = {row.image: row.label for row in rows} | {row.image: row.label for row in answers}
+    norms = {norm: _norm_summary(norm, by_norm[norm], attacks) for norm in NORMS if by_norm[norm]}
+    return ModelSummary(
+        name=name,
+        digest=digest,
+        clean={row.image: row.logits is not None and not row.broken for row in answers},
+        norms=norms,
+        union=_union(rows, norms, images) if all(norm in norms for norm in UNION) else None,
+        nearest={norm: _nearest(by_norm[norm]) for norm in norms},
+        certificates=tuple(certificates),
+        doubts=tuple(doubts),
+        labels=labels,
+    )
+
+
+def attack_labels(attacks: Iterable[AttackRecord]) -> dict[str, str]:
+    """What each attack (by repr) is called in tables: its name, or its repr where two of one ledger share the name."""
+    attacks = list(attacks)
+    names = [record.name for record in attacks]
+    return {r.attack: r.name if names.count(r.name) == 1 else f"{r.name}: {r.attack}" for r in attacks}
+
+
+def _norm_summary(norm: str, rows: list[Row], attacks: Mapping[str, AttackRecord]) -> NormSummary:
+    present = {row.attack for row in rows}
+    labels = attack_labels(record for key, record in attacks.items() if key in present)
+    by_attack: dict[str, list[Row]] = {label: [] for label in labels.values()}
+    for row in rows:
+        by_attack[labels[row.attack]].append(row)
+    best = _smallest(rows)
+    wins: dict[str, float] = defaultdict(float)
+    for image, distance in best.items():
+        if 0 < distance < math.inf:
+            winners = {
+                labels[r.attack] for r in rows if r.image == image and r.status == "found" and r.distance == distance
+            }
+            for label in winners:
+                wins[label] += 1 / len(winners)
+    knowledge = {labels[key]: record.knowledge for key, record in attacks.items() if key in labels}
+    cells = {
+        label: _cell(norm, group, wins=wins[label], knowledge=knowledge[label]) for label, group in by_attack.items()
+    }
+    return NormSummary(_cell(norm, rows), cells)
+
+
+def _cell(norm: str, rows: list[Row], wins: float = 0.0, knowledge: str = "") -> Cell:
+    spent = [row for row in rows if row.status in ("found", "failed")]
+    count = max(1, len({row.image for row in spent}))
+    return Cell(
+        distances=_smallest(rows),
+        threshold=THRESHOLDS[norm],
+        errors=sum(row.status == "error" for row in rows),
+        forward=sum(row.forward for row in spent) / count,
+        backward=sum(row.backward for row in spent) / count,
+        seconds=sum(row.seconds for row in spent) / count,
+        wins=wins,
+        knowledge=knowledge,
+    )
+
+
+def _smallest(rows: Iterable[Row]) -> dict[int, float]:
+    """The smallest distance of each image over its usable rows."""
+    best: dict[int, float] = {}
+    for row in rows:
+        if row.status != "error":
+            best[row.image] = min(row.distance, best.get(row.image, math.inf))
+    return dict(sorted(best.items()))
+
+
+def _nearest(rows: Iterable[Row]) -> dict[int, Row]:
+    best: dict[int, Row] = {}
+    for row in rows:
+        if row.adversarial is not None and (row.image not in best or row.distance < best[row.image].distance):
+            best[row.image] = row
+    return best
+
+
+def _union(
+    rows: Iterable[Row], norms: Mapping[str, NormSummary], images: Mapping[int, torch.Tensor]
+) -> dict[int, bool]:
+    """By image with usable rows in every norm: whether it survives all balls."""
+    alive = {
+        image: True for image in norms[UNION[0]].all.distances if all(image in norms[n].all.distances for n in UNION)
+    }
+    for row in rows:
+        if row.image not in alive or not row.found:
+            continue
+        if row.status == "misclassified" or row.adversarial is None or row.image not in images:
+            broken = row.norm in UNION and within(row.distance, THRESHOLDS[row.norm])
+        else:
+            pair = row.adversarial[None], images[row.image][None]
+            broken = any(within(float(NORMS[norm].distance(*pair)), THRESHOLDS[norm]) for norm in UNION)
+        if broken:
+            alive[row.image] = False
+    return alive
+
+
+def _renamed(model: ModelSummary, name: str) -> ModelSummary:
+    return replace(model, name=name)
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None
