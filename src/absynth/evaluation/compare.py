@@ -35,7 +35,7 @@ class Difference:
         """Two-sided sign test; 1 where nothing differs."""
         count = self.nearer + self.farther
         tail = sum(math.comb(count, k) for k in range(min(self.nearer, self.farther) + 1)) / 2**count
-        return min(1.0, 2 * tail)
+        return float(min(1.0, 2 * tail))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; infinite ones are None."""

@@ -45,6 +45,10 @@ CREATE TABLE certificates (model TEXT, image INTEGER, norm TEXT, method TEXT, ra
 CREATE TABLE probes (model TEXT, probe TEXT, subject TEXT, PRIMARY KEY (model, probe, subject));
 CREATE TABLE doubts (model TEXT, code TEXT, subject TEXT, message TEXT NOT NULL, PRIMARY KEY (model, code, subject));
 """
+_ROW_FIELDS = (
+    *("model", "attack", "norm", "image", "seed", "label", "distance", "status"),
+    *("forward", "backward", "seconds", "message", "pixels", "shape"),
+)
 _COPIED = ("models", "attacks", "images", "clean", "rows", "certificates", "probes", "doubts")
 
 
@@ -196,15 +200,13 @@ class Ledger:
     def rows(self, model: str, *, images: bool = True) -> list[Row]:
         """The attack rows of a model in the order they were written, with (``images``) or without adversarials."""
         blob = "adversarial, shape" if images else "NULL, NULL"
-        found = self._all(
-            "SELECT model, attack, norm, image, seed, label, distance, status, forward, backward, seconds, message, "
-            f"{blob} FROM rows WHERE model = ? ORDER BY rowid",
-            model,
-        )
+        columns = ", ".join(_ROW_FIELDS[:-2])
+        found = self._all(f"SELECT {columns}, {blob} FROM rows WHERE model = ? ORDER BY rowid", model)
         rows = []
-        for values in found:
-            pixels, shape = values[12:]
-            rows.append(Row(*values[:11], None if pixels is None else _unpack(pixels, shape), values[11]))
+        for record in found:
+            fields = dict(zip(_ROW_FIELDS, record, strict=True))
+            pixels, shape = fields.pop("pixels"), fields.pop("shape")
+            rows.append(Row(**fields, adversarial=None if pixels is None else _unpack(pixels, shape)))
         return rows
 
     def certificates(self, model: str) -> list[Certificate]:

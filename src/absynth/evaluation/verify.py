@@ -78,14 +78,16 @@ def verify(
     """
     failures: list[Failure] = []
     unchecked: list[str] = []
-    counts = [0, 0, 0]
+    row_count = clean_count = certificate_count = 0
     for folder in ledger_folders(folders):
         with Ledger(folder) as ledger:
             images = ledger.images()
             for record in ledger.models():
                 rows, clean = ledger.rows(record.digest), ledger.clean(record.digest)
                 certificates = ledger.certificates(record.digest)
-                counts = [a + len(b) for a, b in zip(counts, (rows, clean, certificates), strict=True)]
+                row_count += len(rows)
+                clean_count += len(clean)
+                certificate_count += len(certificates)
                 failures += _distances(record.name, rows, images)
                 failures += _clean_statuses(record.name, rows, clean)
                 failures += invariant(record.name, certificates, rows, images)
@@ -96,7 +98,7 @@ def verify(
                     continue
                 failures += _clean_answers(record.name, classifier, clean, images)
                 failures += _adversarials(record.name, classifier, rows, progress)
-    return Verification(*counts, tuple(dict.fromkeys(failures)), tuple(unchecked))
+    return Verification(row_count, clean_count, certificate_count, tuple(dict.fromkeys(failures)), tuple(unchecked))
 
 
 def invariant(
@@ -147,26 +149,51 @@ def _distances(model: str, rows: Iterable[Row], images: Mapping[int, tuple[Tenso
     return failures
 
 
-            def _row_problem(row: Row, images: Mapping[int, tuple[Tensor, int]]) -> str: if row.image not in images:
-            return "its clean image is missing" clean, label = images[row.image] if row.label != label: return f"its
-            label is {row.label}, the image's is {label}" if row.norm not in NORMS: return f"its norm {row.norm!r} is
-            unknown" if row.status != "found": expected = 0.0 if row.status == "misclassified" else math.inf if
-            row.distance != expected or row.adversarial is not None: return f"its status is {row.status}, its distance
-            {row.distance:.6g} instead of {expected:g}, without an image" return "" if row.adversarial is None or
-            row.adversarial.shape != clean.shape: return "its adversarial image is missing or damaged" if not
-            ((row.adversarial >= 0) & (row.adversarial <= 1)).all():  # also catches NaN return "its adversarial image
-            leaves [0,1]" distance = float(NORMS[row.norm].distance(row.adversarial[None], clean[None])) if not
-            math.isclose(distance, row.distance, rel_tol=1e-9): return f"its distance is {row.distance:.9g}, the stored
-            image's is {distance:.9g}" return ""
+def _row_problem(row: Row, images: Mapping[int, tuple[Tensor, int]]) -> str:
+    """What is wrong with a row, or nothing."""
+    if row.image not in images:
+        return "its clean image is missing"
+    clean, label = images[row.image]
+    if row.label != label:
+        return f"its label is {row.label}, the image's is {label}"
+    if row.norm not in NORMS:
+        return f"its norm {row.norm!r} is unknown"
+    if row.status != "found":
+        expected = 0.0 if row.status == "misclassified" else math.inf
+        if row.distance != expected or row.adversarial is not None:
+            return (
+                f"its status {row.status} does not fit its distance {row.distance:.6g}, or an image it should not have"
+            )
+        return ""
+    if row.adversarial is None or row.adversarial.shape != clean.shape:
+        return "its adversarial image is missing or damaged"
+    if not _in_range(row.adversarial):
+        return "its adversarial image leaves [0,1]"
+    distance = float(NORMS[row.norm].distance(row.adversarial[None], clean[None]))
+    if not math.isclose(distance, row.distance, rel_tol=1e-9):
+        return f"its distance is {row.distance:.9g}, the stored image's is {distance:.9g}"
+    return ""
+
+
+def _in_range(image: Tensor) -> bool:
+    return bool(((image >= 0) & (image <= 1)).all())  # False for NaN
 
 
 def _clean_statuses(model: str, rows: Iterable[Row], clean: Iterable[CleanRow]) -> list[Failure]:
     """Rows that say misclassified of an image that is not, and the other way round."""
-            answers = {answer.image: answer for answer in clean} failures = [] for row in rows: answer =
-            answers.get(row.image) if answer is None: reason = "the model's clean answer is missing" elif row.status !=
-            "error" and (row.status == "misclassified") != answer.broken: reason = f"its status is {row.status}, the
-            clean image is {'mis' if answer.broken else 'rightly '}classified" else: continue
-            failures.append(Failure(model, row.attack, row.norm, row.image, reason)) return failures
+    answers = {answer.image: answer for answer in clean}
+    failures = []
+    for row in rows:
+        answer = answers.get(row.image)
+        if answer is None:
+            reason = "the model's clean answer is missing"
+        elif row.status != "error" and (row.status == "misclassified") != answer.broken:
+            truth = "misclassified" if answer.broken else "classified rightly"
+            reason = f"its status is {row.status}, but the clean image is {truth}"
+        else:
+            continue
+        failures.append(Failure(model, row.attack, row.norm, row.image, reason))
+    return failures
 
 
 def _clean_answers(
@@ -184,16 +211,29 @@ def _clean_answers(
     return failures
 
 
-    def _adversarials( model: str, classifier: Classifier, rows: list[Row], progress: Callable[[int, int], None] | None
-    ) -> list[Failure]: failures = [] found = [row for row in rows if row.status == "found" and row.adversarial is not
-    None] sound = [row for row in found if row.adversarial is not None and ((0 <= row.adversarial) & (row.adversarial
-    <= 1)).all()] by_shape: dict[tuple[int, ...], list[Row]] = {} for row in sound: assert row.adversarial is not None
-    by_shape.setdefault(tuple(row.adversarial.shape), []).append(row) done = 0 for group in by_shape.values(): for
-    start in range(0, len(group), BATCH): batch = group[start : start + BATCH] pictures = [row.adversarial for row in
-    batch if row.adversarial is not None] broken = _broken(classifier, pictures, [row.label for row in batch]) for row,
-    now in zip(batch, broken, strict=True): if not now: reason = "the model gives no usable answer" if now is None else
-    "the model is not fooled by its image" failures.append(Failure(model, row.attack, row.norm, row.image, reason))
-    done += len(batch) if progress is not None: progress(done, len(sound)) return failures
+def _adversarials(
+    model: str, classifier: Classifier, rows: list[Row], progress: Callable[[int, int], None] | None
+) -> list[Failure]:
+    failures = []
+    by_shape: dict[tuple[int, ...], list[tuple[Row, Tensor]]] = {}
+    for row in rows:
+        if row.status == "found" and row.adversarial is not None and _in_range(row.adversarial):
+            by_shape.setdefault(tuple(row.adversarial.shape), []).append((row, row.adversarial))
+    done, total = 0, sum(map(len, by_shape.values()))
+    for group in by_shape.values():
+        for start in range(0, len(group), BATCH):
+            batch = group[start : start + BATCH]
+            broken = _broken(classifier, [image for _, image in batch], [row.label for row, _ in batch])
+            for (row, _), now in zip(batch, broken, strict=True):
+                if not now:
+                    reason = (
+                        "the model is not fooled by its image" if now is False else "the model gives no usable answer"
+                    )
+                    failures.append(Failure(model, row.attack, row.norm, row.image, reason))
+            done += len(batch)
+            if progress is not None:
+                progress(done, total)
+    return failures
 
 
 def _broken(classifier: Classifier, images: list[Tensor], labels: list[int]) -> list[bool | None]:
