@@ -16,6 +16,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from absynth.errors import InputError
@@ -29,7 +30,10 @@ def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], meta: Mappi
     Raises InputError if the file cannot be written (read-only folder, full disk); an earlier checkpoint is then intact.
     """
     path = Path(path)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies, because safetensors refuses tensors that share memory
+    stored = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     content = safetensors.torch.save(stored, {_HEADER_KEY: json.dumps(dict(meta), sort_keys=True)})
     # The process id keeps two trainings that were given the same path from writing into one temporary file.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

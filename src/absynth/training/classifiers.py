@@ -64,21 +64,25 @@ class CNNConfig(FitConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MadryConfig(FitConfig):
-    """Adversarial training under L-infinity ``epsilon``: fast steps first, a few epochs of stronger ones last.
+    """Adversarial training under L-infinity ``epsilon`` with a few large steps (Madry et al. 2018, arXiv 1706.06083).
 
-    One step of 1.25 epsilon from a random start (Wong, Rice, Kolter 2020, arXiv 2001.03994) trains almost as well
-    as the 40 steps of Madry et al. at a tenth of the cost; the last ``strong_epochs`` take ``strong_steps`` steps.
-    epsilon rises linearly from 0 over ``epsilon_warm_up`` epochs: from the start at 0.3, nothing is learned.
+    ``steps`` steps of 1.25 epsilon / sqrt(steps) from a random start; in the last ``strong_epochs`` epochs,
+    ``strong_steps`` of them. epsilon rises linearly from 0 over the first ``epsilon_warm_up`` epochs, with one step a
+    batch, because nothing is learned from 0.3 at the start. One step throughout (Wong, Rice, Kolter 2020,
+    arXiv 2001.03994) is cheaper still, but this network learns to defeat that one step alone: see LOG.md.
     """
 
-    epochs: int = 12
+    epochs: int = 8
+    batch_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
-    augmentation: Augmentation = field(default_factory=lambda: Augmentation(rotation=6, zoom=0.06, shear=3, shift=1))
+    averaging: float = 0.999
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(rotation=0, zoom=0, shear=0, shift=0))
     epsilon: float = 0.3
-    epsilon_warm_up: float = 2.0
-    strong_epochs: int = 2
-    strong_steps: int = 4
+    epsilon_warm_up: float = 1.0
+    steps: int = 3
+    strong_epochs: int = 1
+    strong_steps: int = 7
 
 
 def train_cnn(
@@ -134,11 +138,12 @@ def train_madry(
 
     def prepare(model: nn.Module, batch: Tensor, targets: Tensor, epoch: float, generator: torch.Generator) -> Tensor:
         batch = augment(batch, config.augmentation, generator)
-        epsilon = config.epsilon * min(1.0, epoch / max(config.epsilon_warm_up, 1e-9))
-        if epoch < config.epochs - config.strong_epochs:
-            steps, step_size = 1, 1.25 * epsilon
+        if epoch < config.epsilon_warm_up:
+            epsilon, steps = config.epsilon * epoch / config.epsilon_warm_up, 1
         else:
-            steps, step_size = config.strong_steps, 1.25 * epsilon / math.sqrt(config.strong_steps)
+            epsilon = config.epsilon
+            steps = config.steps if epoch < config.epochs - config.strong_epochs else config.strong_steps
+        step_size = 1.25 * epsilon / math.sqrt(steps)
         return perturb(model, batch, targets, epsilon, step_size, steps, generator)
 
     def measure(model: nn.Module) -> str:
