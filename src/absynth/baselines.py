@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from absynth.checks import check_images
 from absynth.errors import InputError
+from absynth.responses import Threshold
 
 
 class CNN(nn.Module):
@@ -68,24 +69,13 @@ class Binarized(nn.Module):
 
     def __init__(self, classifier: nn.Module, threshold: float = 0.5) -> None:
         super().__init__()
-        if not 0 < threshold < 1:
-            raise InputError(f"threshold is {threshold}; it must lie between 0 and 1, like the pixels: use 0.5")
         self.classifier = classifier
-        self.threshold = threshold
+        self.response = Threshold(threshold)
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, channels=images.shape[1] if images.ndim == 4 else 1, size=None)
-        logits: Tensor = self.classifier(_threshold(images, self.threshold))
+        logits: Tensor = self.classifier(self.response(images))
         return logits
-
-
-def _threshold(images: Tensor, threshold: float) -> Tensor:
-    """images >= threshold as exactly 0.0 or 1.0; the gradient passes through unchanged."""
-    binary = (images >= threshold).to(images.dtype)
-    if not images.requires_grad:
-        return binary
-    # images - images.detach() is exactly 0, with gradient 1
-    return binary + (images - images.detach())
 
 
 class NearestNeighbor(nn.Module):

@@ -35,7 +35,7 @@ class FitConfig:
     """What every training of a network has; ``batch_size`` in images, ``learning_rate`` at its peak."""
 
     classes: int = 10
-    epochs: int = 12
+    epochs: int = 8
     batch_size: int = 128
     learning_rate: float = 2e-3
     warm_up: float = 0.15  # share of the steps over which the learning rate rises; then it falls as a cosine to 0
