@@ -162,7 +162,7 @@ class _Problems:
     ) -> None:
         self.decoders, self.blocks, self.beta, self.schedule = decoders, blocks, beta, schedule
         count, size = starts.shape
-        self.latents = starts.clone()  # (P,D)
+        self.latents = _into_ball(starts, schedule.max_norm)  # (P,D)
         self.energies = blocks.new_full((count,), torch.inf)
         self.images = blocks.new_zeros(count, blocks.shape[1])  # (P,N)
         # Levenberg-Marquardt: the Gauss-Newton matrix and minus half the gradient at the latents, and the damping

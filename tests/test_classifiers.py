@@ -1,0 +1,220 @@
+"""ABS as a pure function of the image with the exact gradient; the analysis behind it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from absynth.analysis import PAPER, Candidates, Schedule, analyze, prior_candidates, without_giving_up
+from absynth.classifiers import ABS
+from absynth.decoding import FoldedDecoder, to_blocks
+from absynth.errors import InputError
+from absynth.responses import Ramp, Threshold
+from test_decoding import random_decoder
+
+CLASSES = 4
+
+
+def toy_abs(**options: object) -> ABS:
+    decoders = [random_decoder(seed=seed) for seed in range(CLASSES)]
+    candidates = torch.stack([prior_candidates(60, seed=seed) for seed in range(CLASSES)])
+    return ABS(decoders, candidates, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def model() -> ABS:
+    return toy_abs()
+
+
+@pytest.fixture(scope="module")
+def images(model: ABS) -> Tensor:
+    """Images the classes can nearly make: decoded latents with some noise."""
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(12, 8, generator=generator)
+    with torch.no_grad():
+        decoded = torch.cat([model.decoders[row % CLASSES](latents[row : row + 1]) for row in range(12)])
+    return (decoded + 0.05 * torch.randn(decoded.shape, generator=generator)).clamp(0, 1)
+
+
+def test_each_image_goes_to_the_class_that_made_it(model: ABS, images: Tensor) -> None:
+    assert torch.equal(model(images).argmax(1), torch.arange(12) % CLASSES)
+
+
+def test_energies_are_those_of_the_returned_explanation(model: ABS, images: Tensor) -> None:
+    analysis = model.analyze(images)
+    residual = (images[:, None] - analysis.reconstructions).square().flatten(2).sum(2)
+    energies = (residual + analysis.latents.square().sum(2) / 2) / 784
+    torch.testing.assert_close(analysis.energies, energies, atol=1e-6, rtol=1e-5)
+    for number in range(CLASSES):
+        decoded = model.decoders[number](analysis.latents[:, number])
+        torch.testing.assert_close(decoded, analysis.reconstructions[:, number], atol=5e-6, rtol=0)
+    torch.testing.assert_close(analysis.probabilities.sum(1), torch.ones(12))
+    assert torch.equal(analysis.labels, model(images).argmax(1))
+
+
+def test_forward_and_analysis_agree_on_what_was_not_given_up(images: Tensor) -> None:
+    model = toy_abs()
+    found = model._find(to_blocks(images), label_only=True)
+    energies = model.analyze(images).energies
+    assert 0 < found.settled.float().mean() < 1  # the rule has something to do here
+    torch.testing.assert_close(-model(images)[found.settled], energies[found.settled], atol=1e-6, rtol=1e-5)
+    assert (-model(images) >= energies - 1e-6).all()  # what was given up is an upper bound
+
+
+@pytest.mark.parametrize("response", [None, Threshold(), Ramp(0.2)])
+def test_pure_function_of_the_image(images: Tensor, response: torch.nn.Module | None) -> None:
+    model = toy_abs(response=response)
+    together = model(images)
+    torch.manual_seed(123)
+    torch.rand(7)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(images[order]), together[order], atol=1e-5, rtol=0)
+    alone = torch.cat([model(image[None]) for image in images])
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+    state = torch.get_rng_state()
+    model(images[:2])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_batch_larger_than_a_chunk(model: ABS, images: Tensor) -> None:
+    many = images.repeat(14, 1, 1, 1)  # 168 images: more than one chunk
+    torch.testing.assert_close(model(many)[-12:], model(images), atol=1e-5, rtol=0)
+
+
+def test_gradient_is_that_of_the_minimum(images: Tensor) -> None:
+    """Envelope theorem against central differences, with the search run to convergence."""
+    model = toy_abs(schedule=Schedule(steps=60))
+    image = images[:1].clone().requires_grad_(True)
+    model(image).sum().backward()
+    assert image.grad is not None
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(4):
+        direction = torch.randn(image.shape, generator=generator)
+        step = 2e-2 * direction / direction.norm()
+        inside = image.detach().clamp(0.1, 0.9)
+        probe = inside.clone().requires_grad_(True)
+        model(probe).sum().backward()
+        assert probe.grad is not None
+        predicted = (probe.grad * step).sum()
+        measured = (model(inside + step).sum() - model(inside - step).sum()) / 2
+        # the sum of K normalized energies changes by about 1e-5 here; its rounding is about 1e-7
+        torch.testing.assert_close(predicted, measured, rtol=0.03, atol=1e-7)
+
+
+def test_gradient_formula(model: ABS, images: Tensor) -> None:
+    probe = images.clone().requires_grad_(True)
+    weights = torch.randn(12, CLASSES, generator=torch.Generator().manual_seed(3))
+    (model(probe) * weights).sum().backward()
+    found = model._find(to_blocks(images), label_only=True)
+    differences = to_blocks(images)[:, None] - found.blocks  # (B,K,N)
+    expected = (-2 / 784 * weights[:, :, None] * differences).sum(1)
+    assert probe.grad is not None
+    torch.testing.assert_close(to_blocks(probe.grad), expected, atol=1e-7, rtol=1e-4)
+
+
+def test_scales_and_calibration_enter(images: Tensor) -> None:
+    scales = torch.tensor([1.0, 0.9, 1.1, 1.0])
+    plain, scaled = toy_abs(), toy_abs(scales=scales)
+    torch.testing.assert_close(scaled.analyze(images).energies, plain.analyze(images).energies * scales)
+    logits = torch.tensor([[-0.01, -0.02, -0.5, -0.5]])
+    evidence = torch.exp(440.0 * logits) + 0.000039
+    torch.testing.assert_close(plain.posterior(logits), evidence / evidence.sum())
+    nothing = plain.posterior(torch.full((1, 4), -1.0))  # no class explains the image
+    torch.testing.assert_close(nothing, torch.full((1, 4), 0.25))
+    assert not plain.refuses(plain.posterior(logits))[0]
+
+
+def test_binary_abs_sees_only_the_threshold(images: Tensor) -> None:
+    model = toy_abs(response=Threshold())
+    dimmed = torch.where(images >= 0.5, 0.6, 0.3)
+    assert torch.equal(model(images), model(dimmed))
+    probe = dimmed.clone().requires_grad_(True)
+    model(probe).sum().backward()
+    assert probe.grad is not None and probe.grad.abs().max() > 0  # straight through
+
+
+def test_weights_loaded_later_are_used(images: Tensor) -> None:
+    model, other = toy_abs(), ABS([random_decoder(seed=s + 50) for s in range(CLASSES)], torch.zeros(CLASSES, 60, 8))
+    assert not torch.allclose(model(images), other(images))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(model(images), other(images))
+
+
+def test_other_sizes_and_class_counts() -> None:
+    decoders = [random_decoder(image_size=16, channels=3, latent_size=3, seed=seed) for seed in range(2)]
+    model = ABS(decoders, torch.stack([prior_candidates(9, 3, seed=s) for s in range(2)]))
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert model(images).shape == (2, 2)
+    assert model.analyze(images).reconstructions.shape == (2, 2, 3, 16, 16)
+
+
+def test_levenberg_marquardt_goes_below_the_papers_schedule(model: ABS, images: Tensor) -> None:
+    candidates = prior_candidates(200)
+    decoders = [FoldedDecoder(decoder) for decoder in model.decoders]
+    starts = [Candidates(decoder, candidates, 1.0) for decoder in decoders]
+    blocks = to_blocks(images)
+    paper = analyze(decoders, starts, blocks, replace(PAPER, candidates=200))
+    ours = analyze(decoders, starts, blocks, Schedule(steps=8))
+    start = analyze(decoders, starts, blocks, Schedule(steps=0))
+    assert (
+        paper.energies < start.energies + 1e-4
+    ).float().mean() > 0.95 and paper.energies.mean() < start.energies.mean()
+    assert ours.energies.mean() < paper.energies.mean()
+    assert (ours.energies <= start.energies).all()  # a step is only kept where it is better
+    assert ours.latents.norm(dim=2).max() <= 5.0001 and paper.latents.norm(dim=2).max() <= 5.0001
+
+
+def test_latents_leave_the_ball_without_losing_their_signs(model: ABS, images: Tensor) -> None:
+    found = model.analyze(images, schedule=Schedule(steps=8, max_norm=0.5))
+    norms = found.latents.norm(dim=2)
+    assert norms.max() <= 0.5001 and (norms > 0.499).any()
+    assert (found.latents < 0).any()
+
+
+def test_candidate_search_takes_the_lowest_energy(model: ABS, images: Tensor) -> None:
+    decoder = FoldedDecoder(model.decoders[0])  # type: ignore[arg-type]
+    latents = prior_candidates(300, seed=2)
+    blocks = to_blocks(images)
+    with torch.no_grad():
+        distances = (blocks[:, None].double() - decoder(latents)[None].double()).square().sum(2)
+    best = (distances + latents.double().square().sum(1) / 2).argmin(1)
+    candidates = Candidates(decoder, latents, 1.0)
+    assert torch.equal(candidates.best(blocks, None), latents[best])
+    assert torch.equal(candidates.best(blocks, 1), latents[:1].expand(12, -1))
+
+
+def test_prior_candidates_are_the_densest() -> None:
+    drawn = prior_candidates(100, seed=4)
+    everything = prior_candidates(111, seed=4, surplus=1.0)
+    assert drawn.shape == (100, 8) and torch.equal(prior_candidates(100, seed=4), drawn)
+    assert drawn.norm(dim=1).max() <= everything.norm(dim=1).sort().values[100]
+    assert (drawn < 0).any()
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (torch.zeros(28, 28), "shape"),
+        (torch.zeros(0, 1, 28, 28), "empty"),
+        (torch.zeros(1, 1, 20, 20), "28"),
+        (torch.zeros(1, 1, 28, 28, dtype=torch.float64), "float32"),
+        (torch.full((1, 1, 28, 28), 255.0), "255"),
+        (torch.full((1, 1, 28, 28), torch.nan), "NaN"),
+    ],
+)
+def test_bad_images(model: ABS, bad: Tensor, says: str) -> None:
+    for call in (model, model.analyze):
+        with pytest.raises(InputError, match=says) as caught:
+            call(bad)
+        assert "\n" not in str(caught.value)
+
+
+def test_bad_construction() -> None:
+    with pytest.raises(InputError, match="candidates of shape"):
+        ABS([random_decoder()], torch.zeros(1, 5, 8))
+    with pytest.raises(ValueError, match="method"):
+        Schedule(method="guess")
+    with pytest.raises(ValueError, match="slack"):
+        Schedule(slack=(0.5,))
+    assert without_giving_up(Schedule(slack=(2.0,))).slack == ()
