@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from absynth import __version__, data
+from absynth.analysis import prior_candidates
 from absynth.baselines import CNN, Binarized, MadryCNN, NearestNeighbor
 from absynth.classifiers import ABS
 from absynth.errors import InputError, unknown_name
@@ -68,15 +69,22 @@ def path_of(name: str | Path, folder: str | Path | None = None) -> Path:
     return Path(folder or WEIGHTS) / f"{name}.safetensors"
 
 
-def load(name: str | Path, *, folder: str | Path | None = None, device: str | torch.device = "cpu") -> nn.Module:
+def load(
+    name: str | Path,
+    *,
+    folder: str | Path | None = None,
+    root: str | Path | None = None,
+    device: str | torch.device = "cpu",
+) -> nn.Module:
     """A model ready to use, in eval mode: float32 images (B,C,S,S) in [0,1] -> logits (B,K).
 
     ``name`` is one of ``names()`` or the path of a weight file; ``folder`` holds weight files under these names
     (default: those shipped with the package, trained on MNIST). "nearest-neighbor" has no weights of its own: it loads
-    its training set, see ``absynth.data.load``. Raises InputError for unknown names and damaged files.
+    its training set, see ``absynth.data.load``, which looks in ``root``
+    first. Raises InputError for unknown names and damaged files.
     """
     if name == "nearest-neighbor" and not path_of(name, folder).exists():
-        return NearestNeighbor(*data.load("mnist", "train")).eval().to(device)
+        return NearestNeighbor(*data.load("mnist", "train", root)).eval().to(device)
     path = path_of(name, folder)
     file = read(path)
     kind = str(file.header.get("model"))
@@ -136,6 +144,32 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
+def from_released(path: str | Path, *, binary: bool = False) -> ABS:
+    """ABS, or Binary ABS, with the decoders that the paper's authors released, converted to safetensors.
+
+    Keys are "CLASS.Decoder.LAYER"; the encoders in the file are not used. The candidates are ``prior_candidates``, alpha,
+    eta and gamma those of the released code (paper, section 4; ``PAPER`` is the schedule they belong to).
+    """
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"cannot read released weights {path} ({error}): give a safetensors file") from error
+    classes = 1 + max(int(name.split(".")[0]) for name in tensors)
+    decoders = []
+    for number in range(classes):
+        decoder = Decoder(VAEConfig())
+        prefix = f"{number}.Decoder."
+        weights = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+        counts = {name: value for name, value in decoder.state_dict().items() if name.endswith("num_batches_tracked")}
+        decoder.load_state_dict({**counts, **weights})
+        decoders.append(decoder.eval())
+    candidates = prior_candidates()[None].expand(classes, -1, -1).contiguous()
+    if not binary:
+        return ABS(decoders, candidates)
+    scales = torch.tensor([1, 0.96, 1.001, 1.06, 0.98, 0.96, 1.03, 1, 1, 1])
+    return ABS(decoders, candidates, response=Threshold(), scales=scales)
+
+
 def _abs(file: WeightFile, folder: Path) -> ABS:
     """Tensors "K.decoder.*" of every class K, and "candidates" (K,M,D)."""
     config = file.header["config"]
@@ -145,7 +179,8 @@ def _abs(file: WeightFile, folder: Path) -> ABS:
         decoder = Decoder(sizes)
         prefix = f"{number}.decoder."
         weights = {name[len(prefix) :]: value for name, value in file.tensors.items() if name.startswith(prefix)}
-        decoder.load_state_dict(weights)
+        counts = {name: value for name, value in decoder.state_dict().items() if name.endswith("num_batches_tracked")}
+        decoder.load_state_dict({**counts, **weights})
         decoders.append(decoder.eval())
     return ABS(
         decoders, file.tensors["candidates"].float(), alpha=config["alpha"], eta=config["eta"], beta=config["beta"],

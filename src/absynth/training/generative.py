@@ -163,7 +163,7 @@ class _State:
         reconstructions = self.vae.decoder(mean + noise * torch.exp(0.5 * log_variance))
         loss = negative_elbo(batch, reconstructions, mean, log_variance, config.beta)
         self._descend(loss, config.vae_learning_rate, self.step / config.vae_steps)
-        return float(loss)
+        return float(loss.detach())
 
     def begin_second_phase(self, images: Tensor) -> None:
         """Give every image the latents and the variance its encoder infers."""
@@ -183,7 +183,7 @@ class _State:
         assert latents.grad is not None
         # the gradient of an image's own energy is len(batch) times that of the mean
         self.latents[chosen] -= config.latent_rate * len(batch) * self.variances[chosen] * latents.grad
-        return float(loss)
+        return float(loss.detach())
 
     def _descend(self, loss: Tensor, learning_rate: float, done: float) -> None:
         """One Adam step; the rate rises over the first 2 % of the phase, then falls as a cosine to 1 %."""

@@ -1,0 +1,116 @@
+"""How good a classifier is on clean images: accuracy, likelihood of the true labels, confidence, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from absynth import data, zoo
+from absynth.errors import InputError
+from absynth.evaluation.plan import image_indices, load_model
+from absynth.evaluation.statistics import wilson_interval
+
+BATCH = 128
+BINS = 10
+SMALLEST = torch.finfo(torch.float64).tiny  # a probability that underflows to 0 counts as this
+
+
+@dataclass(frozen=True)
+class Clean:
+    """What ``measure`` found on ``images`` images.
+
+    ``interval``: 95 % interval of the accuracy (Wilson). ``log_likelihood``: mean of log p(true label | image), nats.
+    ``median_confidence``: of the largest probability; ``confidence_histogram``: its counts in ten bins of equal width
+    from 0 to 1. ``refused``: share of images that the model says nothing explains; None if it cannot say so.
+    """
+
+    images: int
+    clean_accuracy: float
+    interval: tuple[float, float]
+    log_likelihood: float
+    median_confidence: float
+    confidence_histogram: tuple[int, ...]
+    refused: float | None
+
+
+@torch.no_grad()
+def probabilities(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Images (B,C,S,S) -> p(class | image), (B,K) float64: its ``posterior`` if it has one, else the softmax."""
+    logits = model(images).double()
+    posterior: Any = getattr(model, "posterior", None)
+    found: Tensor = logits.softmax(1) if posterior is None else posterior(logits)
+    return found
+
+
+def measure(
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Clean:
+    """Measure a classifier on images (N,C,S,S) in [0,1] and labels (N,). Raises InputError where they do not fit."""
+    if not len(images) or labels.shape != images.shape[:1]:
+        raise InputError(f"{len(images)} images and labels {tuple(labels.shape)}: give a label an image")
+    parts = []
+    for chunk in images.split(BATCH):
+        parts.append(probabilities(model, chunk))
+        if progress is not None:
+            progress(sum(len(part) for part in parts), len(images), "")
+    found = torch.cat(parts)  # (N,K)
+    if int(labels.max()) >= found.shape[1]:
+        raise InputError(
+            f"a label is {int(labels.max())}, the model has {found.shape[1]} classes: give the data set it was made for"
+        )
+    right = int((found.argmax(1) == labels).sum())
+    confidence = found.amax(1)
+    refuses: Any = getattr(model, "refuses", None)
+    return Clean(
+        images=len(images),
+        clean_accuracy=right / len(images),
+        interval=wilson_interval(right, len(images)),
+        log_likelihood=found.gather(1, labels[:, None]).clamp_min(SMALLEST).log().mean().item(),
+        median_confidence=confidence.median().item(),
+        confidence_histogram=tuple(int(count) for count in torch.histc(confidence, BINS, 0, 1).tolist()),
+        refused=None if refuses is None else refuses(found).double().mean().item(),
+    )
+
+
+def measure_models(
+    models: Sequence[str],
+    dataset: str | Path = "mnist",
+    images: int | None = None,
+    *,
+    weights: str | Path | None = None,
+    root: str | Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Clean]:
+    """Measure models on the first ``images`` test images (None: all) of a data set.
+
+    ``models``: names of the zoo, with weights from the folder ``weights``, paths of weight files, or
+    ``package.module:factory``. Raises InputError for anything that is not there or does not fit.
+    """
+    classifiers = {name: load_any(name, weights=weights, root=root) for name in models}
+    pictures, labels = data.load(dataset, "test", root)
+    chosen = list(image_indices(len(pictures) if images is None else images, len(pictures)))
+    found: dict[str, Clean] = {}
+    for number, (name, classifier) in enumerate(classifiers.items()):
+
+        def report(done: int, total: int, _text: str, name: str = name, number: int = number) -> None:
+            if progress is not None:
+                progress(number * total + done, len(classifiers) * total, name)
+
+        found[name] = measure(classifier, pictures[chosen], labels[chosen], progress=report)
+    return found
+
+
+def load_any(name: str, *, weights: str | Path | None = None, root: str | Path | None = None) -> nn.Module:
+    """A model of the zoo by name or weight file, or ``factory()`` for ``package.module:factory``."""
+    if ":" in name:
+        return load_model(name)
+    return zoo.load(name, folder=weights, root=root)

@@ -1,0 +1,99 @@
+"""The command line. Every command is a thin translation of one library call.
+
+Heavy modules are imported inside the commands, so that ``absynth --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from absynth import __version__
+from absynth.cli.evaluation import evaluate
+from absynth.cli.models import data, models, train
+from absynth.cli.output import Stopped, note
+from absynth.cli.pictures import classify
+from absynth.cli.tour import quickstart
+from absynth.errors import InputError
+
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Stopped("nothing was lost that was finished; run the same command again") from None
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(self.commands)  # in the order below, not of the alphabet
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Image classifiers that explain what they see: analysis by synthesis (ABS).",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"absynth {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None: ...
+
+
+app.command()(quickstart)
+app.command()(data)
+app.command()(models)
+app.command()(train)
+app.command()(classify)
+app.command()(evaluate)
+
+
+def main() -> None:
+    """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C 130, never a traceback."""
+    try:
+        try:
+            app(prog_name="absynth")
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe is still caught
+    except InputError as error:
+        _fail(str(error), 2)
+    except (Stopped, KeyboardInterrupt) as stop:
+        note(f"stopped: {stop}" if str(stop) else "stopped")
+        sys.exit(130)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # the reader, `head` for one, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        place = f" {error.filename}" if error.filename else ""
+        hint = "; free some space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        _fail(f"{error.strerror or error}{place}{hint}", 2)
+    except MemoryError:
+        _fail("out of memory: ask for fewer images at a time", 2)
+    except Exception as error:
+        if os.environ.get("ABSYNTH_DEBUG"):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        _fail(f"a fault of absynth itself, {text}; please report it with what ABSYNTH_DEBUG=1 shows", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    note(f"error: {message}")
+    sys.exit(code)

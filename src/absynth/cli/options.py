@@ -1,0 +1,17 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Root = Annotated[
+    Path | None,
+    typer.Option("--root", "--data-root", help="Folder with the data set's files, looked in before ABSYNTH_DATA."),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Folder with weight files, as 'absynth train' writes. Default: the shipped ones.")
+]

@@ -1,0 +1,97 @@
+"""What the commands write: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+Report = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
+
+
+class Stopped(Exception):
+    """The user pressed Ctrl-C. The message says what is kept and how to go on."""
+
+
+@contextlib.contextmanager
+def kept(message: str) -> Iterator[None]:
+    """Turn Ctrl-C within the block into ``Stopped`` with this message."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Stopped(message) from None
+
+
+def note(line: str) -> None:
+    """One line for the reader, on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def emit(document: Any) -> None:
+    """The one JSON document of a command, on stdout."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
+    """A table on stdout; the columns named in ``right`` are aligned to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        shown.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    # What goes into a file or a pipe has no width: let no cell be folded there.
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(shown)
+
+
+@contextlib.contextmanager
+def progress(title: str) -> Iterator[Report]:
+    """A progress bar with the time left on stderr; where stderr is no terminal, a line for every tenth."""
+    if not sys.stderr.isatty():
+        yield _lines(title)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, text="")
+        started = False
+
+        def report(done: int, total: int, text: str) -> None:
+            nonlocal started
+            if not started:  # a resumed training begins in the middle: that is no measure of its speed
+                bar.reset(task, total=total, completed=done, text=text)
+                started = True
+            bar.update(task, completed=done, total=total, text=text)
+
+        yield report
+
+
+def _lines(title: str) -> Report:
+    shown = -1
+
+    def report(done: int, total: int, text: str) -> None:
+        nonlocal shown
+        tenth = 10 * done // max(total, 1)
+        if tenth != shown:
+            shown = tenth
+            note(f"{title}: {10 * tenth} %" + (f" ({text})" if text else ""))
+
+    return report
+
+
+def percent(share: float | None, digits: int = 2) -> str:
+    """0.9876 -> "98.76 %"; a dash for None."""
+    return "–" if share is None else f"{100 * share:.{digits}f} %"

@@ -1,0 +1,59 @@
+"""The command ``classify``: what is on a picture, and why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from absynth.cli.options import Json, Weights
+from absynth.cli.output import emit, note
+
+if TYPE_CHECKING:
+    from absynth.verdicts import Verdict
+
+
+def classify(
+    image: Annotated[list[str], typer.Argument(help="Pictures of any size and color, ink on paper or white on black.")],
+    model: Annotated[str, typer.Option(help="A model's name, or a weight file.")] = "abs",
+    weights: Weights = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option(help="Draw how every class explains the image; several images are numbered out-1.png, out-2.png."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say which digit a picture shows, and why."""
+    from absynth.verdicts import classify_pictures
+
+    found = classify_pictures(image, model, weights=weights, explain=explain)
+    if json:
+        emit({"model": model, "images": [_document(one) for one in found]})
+    else:
+        for one in found:
+            print(f"{one.file}: {_sentence(one)}")
+            if one.energies is not None:
+                print("  energies " + "  ".join(f"{name}: {energy:.4f}" for name, energy in one.energies.items()))
+    for one in found:
+        if one.explanation is not None:
+            note(f"explained in {one.explanation}")
+
+
+def _sentence(verdict: Verdict) -> str:
+    sure = f"{100 * verdict.probability:.1f} %"
+    if verdict.label is None:
+        return f"no digit: nothing explains this image (likeliest {verdict.likeliest}, {sure})"
+    return f"{verdict.label}, probability {sure}"
+
+
+def _document(verdict: Verdict) -> dict[str, object]:
+    return {
+        "file": verdict.file,
+        "label": verdict.label,
+        "likeliest": verdict.likeliest,
+        "probability": verdict.probability,
+        "probabilities": verdict.probabilities,
+        "energies": verdict.energies,
+        "explanation": verdict.explanation,
+    }

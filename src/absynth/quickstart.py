@@ -1,0 +1,173 @@
+"""The tour: every model on real test images, noise that only ABS refuses, and a page that shows an analysis."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+import torch
+from torch import Tensor, nn
+
+from absynth import data, zoo
+from absynth.classifiers import ABS
+from absynth.clean import Clean, measure, probabilities
+from absynth.errors import InputError
+from absynth.inventory import check_writable, describe_model, label_names
+
+Report = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
+Bar = Callable[[str], AbstractContextManager[Report]]  # a title -> a progress bar
+
+# Of the training steps of the shipped models: enough for 1,100 small digits, in about two minutes on two cores.
+SMALL_EFFORT = {"abs": 0.06, "binary-abs": 0.06, "cnn": 1.0, "binary-cnn": 1.0, "transfer-cnn": 1.0, "madry": 0.5}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """A model's answers to images without a digit: median of the largest probability, and the share it refuses."""
+
+    confidence: float
+    refused: float | None
+
+
+@dataclass(frozen=True)
+class Tour:
+    """What the quickstart found, by model; ``shuffled``: digits with their pixels shuffled."""
+
+    dataset: str
+    images: int
+    clean: dict[str, Clean]
+    noise: dict[str, Noise]
+    shuffled: dict[str, Noise]
+    page: Path
+
+
+def run(
+    out: str | Path = "quickstart",
+    *,
+    images: int = 300,
+    noise_images: int = 100,
+    root: str | Path | None = None,
+    bar: Bar,
+    say: Callable[[str], None],
+) -> Tour:
+    """Measure every model at hand and write ``index.html`` and its figures into the folder ``out``.
+
+    On MNIST with the shipped weights; where either is missing and cannot be downloaded, on the embedded digits, with
+    small models trained on them and kept in ``out``. ``bar`` makes progress bars, ``say`` is told what happens.
+    Raises InputError if ``out`` cannot be written.
+    """
+    out = Path(out)
+    check_writable(out)
+    dataset, weights = _choose(out, root, bar, say)
+    pictures, labels = data.load(dataset, "test", root)
+    models: dict[str, nn.Module] = {}
+    for name in zoo.names():
+        described = describe_model(name, folder=weights, root=root)
+        if described.problem:
+            say(f"left out {name}: {described.problem}")
+        else:
+            models[name] = zoo.load(name, folder=weights, root=root)
+    images = min(images, len(pictures))
+    blank, shuffled = without_digits(pictures[:noise_images])
+    clean, on_noise, on_shuffled = {}, {}, {}
+    with bar("classifying") as report:
+        for number, (name, model) in enumerate(models.items()):
+            report(number, len(models), name)
+            clean[name] = measure(model, pictures[:images], labels[:images])
+            on_noise[name], on_shuffled[name] = _answers(model, blank), _answers(model, shuffled)
+        report(len(models), len(models), "")
+    explainer = models["abs"]
+    assert isinstance(explainer, ABS)
+    names = label_names(dataset, len(explainer.decoders))
+    shown = _first_right(explainer, pictures, labels)
+    for file, image in (("digit", pictures[shown]), ("shuffled", shuffled[0])):
+        _explain(explainer, image, names, out / file)
+    tour = Tour(dataset, images, clean, on_noise, on_shuffled, out / "index.html")
+    tour.page.write_text(_page(tour, noise_images, out), encoding="utf-8")
+    return tour
+
+
+def without_digits(images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """As many images of uniform noise as ``images`` (N,C,S,S); and these with their pixels shuffled, each its own way."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(images.shape, generator=generator)
+    flat = images.flatten(1)  # (N,P)
+    order = torch.rand(flat.shape, generator=generator).argsort(1)
+    return noise, flat.gather(1, order).view_as(images)
+
+
+def _choose(out: Path, root: str | Path | None, bar: Bar, say: Callable[[str], None]) -> tuple[str, Path | None]:
+    """The data set and the folder of weights: MNIST and the shipped ones, or digits and freshly trained ones."""
+    try:
+        if not zoo.path_of("abs").exists():
+            raise InputError("the package has no shipped weights")
+        data.load("mnist", "test", root)
+        return "mnist", None
+    except InputError as error:
+        say(f"falling back to the embedded digits, training small models on them ({error})")
+    from absynth.training.recipes import train  # here: only this branch trains
+
+    weights = out / "weights"
+    for name in zoo.names():
+        if describe_model(name, folder=weights).file is None:
+            with bar(f"training {name}") as report:
+                train(name, "digits", out=weights, effort=SMALL_EFFORT.get(name, 1.0), progress=report)
+    return "digits", weights
+
+
+def _answers(model: nn.Module, images: Tensor) -> Noise:
+    found = torch.cat([probabilities(model, chunk) for chunk in images.split(64)])
+    refused = model.refuses(found).double().mean().item() if isinstance(model, ABS) else None
+    return Noise(found.amax(1).median().item(), refused)
+
+
+def _first_right(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """The first of 20 test images that the model gets right; the first if there is none."""
+    right = (probabilities(model, images[:20]).argmax(1) == labels[:20]).nonzero()
+    return int(right[0]) if len(right) else 0
+
+
+def _explain(model: ABS, image: Tensor, names: tuple[str, ...], stem: Path) -> None:
+    from absynth.figures import explanation  # here: matplotlib takes a second to import
+
+    analysis = model.analyze(image[None])
+    refused = bool(model.refuses(analysis.probabilities))
+    for suffix, dark in (("light", False), ("dark", True)):
+        explanation(image, analysis, names, stem.with_name(f"{stem.name}-{suffix}.png"), refused=refused, dark=dark)
+
+
+def _page(tour: Tour, noise_images: int, out: Path) -> str:
+    """The page: one file, no scripts, figures inside."""
+    rows = []
+    for name, clean in tour.clean.items():
+        low, high = clean.interval
+        cells = (
+            f"<th scope=row>{html.escape(name)}<small>{html.escape(zoo.DESCRIPTIONS[name])}</small></th>",
+            f"<td>{100 * clean.clean_accuracy:.1f} %<small>{100 * low:.1f} – {100 * high:.1f}</small></td>",
+            *(_noise_cell(one[name]) for one in (tour.noise, tour.shuffled)),
+        )
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    template = Template((files("absynth") / "templates" / "quickstart.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        dataset="MNIST" if tour.dataset == "mnist" else "the embedded digits",
+        images=tour.images,
+        noise_images=noise_images,
+        rows="\n".join(rows),
+        **{
+            f"{figure}_{shade}": base64.b64encode((out / f"{figure}-{shade}.png").read_bytes()).decode()
+            for figure in ("digit", "shuffled")
+            for shade in ("light", "dark")
+        },
+    )
+
+
+def _noise_cell(noise: Noise) -> str:
+    refused = "cannot refuse" if noise.refused is None else f"refuses {100 * noise.refused:.0f} %"
+    kind = "sure" if noise.confidence >= 0.5 else "unsure"
+    return f"<td class={kind}>{noise.confidence:.2f}<small>{refused}</small></td>"

@@ -1,0 +1,97 @@
+"""From picture files to labels, probabilities, energies, and figures that explain them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from absynth import data, zoo
+from absynth.classifiers import ABS
+from absynth.errors import InputError
+from absynth.inventory import check_writable, label_names
+
+FORMATS = (".png", ".svg", ".pdf", ".jpg")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model says about one picture.
+
+    ``likeliest`` is the class of largest ``probability``; ``label`` is the same, or None where nothing explains the
+    image. ``probabilities`` and ``energies`` by class name; ``energies`` is None for a model without an analysis.
+    ``explanation``: the figure's file, if one was asked for.
+    """
+
+    file: str
+    label: str | None
+    likeliest: str
+    probability: float
+    probabilities: dict[str, float]
+    energies: dict[str, float] | None
+    explanation: str | None
+
+
+def classify_pictures(
+    files: Sequence[str | Path],
+    model: str | Path = "abs",
+    *,
+    weights: str | Path | None = None,
+    explain: str | Path | None = None,
+) -> list[Verdict]:
+    """Classify picture files with the model of this name, from the folder ``weights``, or of this weight file.
+
+    ``explain`` names the figure to draw (several images: numbered, out-1.png, out-2.png). Raises InputError for unknown
+    models, damaged weights, files that are no pictures, and for ``explain`` with a model that has no analysis.
+    """
+    figures = _figure_files(Path(explain), len(files)) if explain is not None else [None] * len(files)
+    classifier = zoo.load(model, folder=weights)
+    if explain is not None and not isinstance(classifier, ABS):
+        raise InputError(f"model {str(model)!r} has no analysis to draw: use abs or binary-abs, or leave out --explain")
+    path = zoo.path_of(model, weights)
+    # nearest-neighbor needs no weight file: it is made from the MNIST training images
+    header = zoo.read(path).header if path.exists() else {"data": "mnist", "config": {}}
+    size = classifier.image_shape[1] if isinstance(classifier, ABS) else int(header["config"].get("image_size", 28))
+    images = torch.stack([data.load_picture(file, size) for file in files])  # (B,1,S,S)
+    names: tuple[str, ...] = ()
+    found = []
+    for file, image, figure in zip(files, images[:, None], figures, strict=True):
+        energies = None
+        if isinstance(classifier, ABS):
+            analysis = classifier.analyze(image)
+            posterior = analysis.probabilities
+            refused = bool(classifier.refuses(posterior))
+            energies = analysis.energies[0].tolist()
+        else:
+            with torch.no_grad():
+                posterior = classifier(image).softmax(1)
+            refused = False
+        names = names or label_names(str(header["data"]), posterior.shape[1])
+        if figure is not None:
+            from absynth.figures import explanation  # here: matplotlib takes a second to import
+
+            explanation(image[0], analysis, names, figure, refused=refused)
+        best = int(posterior.argmax())
+        found.append(
+            Verdict(
+                file=str(file),
+                label=None if refused else names[best],
+                likeliest=names[best],
+                probability=float(posterior[0, best]),
+                probabilities=dict(zip(names, posterior[0].tolist(), strict=True)),
+                energies=None if energies is None else dict(zip(names, energies, strict=True)),
+                explanation=None if figure is None else str(figure),
+            )
+        )
+    return found
+
+
+def _figure_files(path: Path, count: int) -> list[Path | None]:
+    if path.suffix.lower() not in FORMATS:
+        raise InputError(f"cannot draw into {path}: give a name that ends in {', '.join(FORMATS)}")
+    check_writable(path.parent)
+    if count == 1:
+        return [path]
+    return [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
