@@ -1,0 +1,136 @@
+"""Distal images: what a model calls a class with certainty although it started as noise (paper, section 4)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from absynth.attacks.base import Classifier, draw_uniform, generators
+from absynth.errors import InputError
+from absynth.evaluation.judge import device_of
+from absynth.evaluation.plan import row_seed
+
+FILE_NAME = "distal.safetensors"
+
+
+@dataclass(frozen=True)
+class Distal:
+    """Distal images of one model, all on the CPU.
+
+    ``starts`` and ``images`` (n,C,H,W) in [0,1]: the noise, and what became of it; ``targets`` (n,) the class whose
+    probability was raised; ``start_confidences`` and ``confidences`` (n,) its probability before and after; ``steps``
+    (n,) the steps it took.
+    """
+
+    starts: Tensor
+    images: Tensor
+    targets: Tensor
+    start_confidences: Tensor
+    confidences: Tensor
+    steps: Tensor
+
+
+def probabilities(classifier: Classifier, images: Tensor) -> Tensor:
+    """(n,C,H,W) -> (n,K): the model's own ``probabilities(images)`` where it has such a method, the softmax
+    otherwise."""
+    own = getattr(classifier, "probabilities", None)
+    result: Tensor = own(images) if callable(own) else torch.softmax(classifier(images), dim=1)
+    return result
+
+
+def distal(
+    classifier: Classifier,
+    target: int = 1,
+    *,
+    count: int = 5,
+    shape: tuple[int, int, int] = (1, 28, 28),
+    confidence: float = 0.9,
+    steps: int = 10_000,
+    learning_rate: float = 1.0,
+    momentum: float = 0.95,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Distal:
+    """From uniform noise, ascend the log-probability of class ``target`` until it exceeds ``confidence``.
+
+    The paper's procedure: gradient ascent with momentum on the image, kept in [0,1]. Where the probability is flat to
+    float32, as that of a generative model is far from everything it knows, the logit is ascended instead until it is
+    not. Each image's noise depends on ``seed`` and its number alone, and an image that is done costs nothing more.
+    ``progress`` is called with steps done and ``steps``.
+
+    Raises InputError for a class the model does not have and for a model that returns no probabilities (n,K).
+    """
+    device = device_of(classifier)
+    sources = generators(torch.tensor([row_seed(seed, number, "distal") for number in range(count)]))
+    starts = draw_uniform(sources, torch.zeros(count, *shape, device=device))
+    with torch.no_grad():
+        first = probabilities(classifier, starts)
+    if first.ndim != 2 or len(first) != count:
+        raise InputError(f"the model returned {tuple(first.shape)} for {count} images: expected ({count}, K)")
+    if not 0 <= target < first.shape[1]:
+        raise InputError(f"class {target} is out of range: the model has {first.shape[1]}, numbered from 0")
+    images, velocity = starts.clone(), torch.zeros_like(starts)
+    confidences, taken = first[:, target].clone(), torch.zeros(count, dtype=torch.int64)
+    todo = (confidences <= confidence).nonzero().squeeze(1)
+    for step in range(steps):
+        if not len(todo):
+            break
+        velocity[todo] = momentum * velocity[todo] + _ascent(classifier, images[todo], target)
+        images[todo] = (images[todo] + learning_rate * velocity[todo]).clamp(0, 1)
+        with torch.no_grad():
+            confidences[todo] = probabilities(classifier, images[todo])[:, target]
+        taken[todo.cpu()] = step + 1
+        todo = todo[confidences[todo] <= confidence]
+        if progress is not None:
+            progress(step + 1, steps)
+    targets = torch.full((count,), target)
+    return Distal(starts.cpu(), images.cpu(), targets, first[:, target].cpu(), confidences.cpu(), taken)
+
+
+def save_distal(folder: str | Path, found: Mapping[str, Distal]) -> Path:
+    """Write the distal images of several models, by name, into a run folder, where the report finds them."""
+    path = Path(folder) / FILE_NAME
+    tensors = {
+        f"{i}.{key}": value.contiguous() for i, item in enumerate(found.values()) for key, value in vars(item).items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    safetensors.torch.save_file(tensors, temporary, {"models": json.dumps(list(found))})
+    temporary.replace(path)
+    return path
+
+
+def load_distal(folder: str | Path) -> dict[str, Distal]:
+    """What ``save_distal`` wrote; empty where there is nothing. Raises InputError for a damaged file."""
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = json.loads(file.metadata()["models"])
+            return {
+                name: Distal(**{key: file.get_tensor(f"{i}.{key}") for key in Distal.__dataclass_fields__})
+                for i, name in enumerate(names)
+            }
+    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is damaged ({error}): delete it and run `absynth distal` again") from error
+
+
+def _ascent(classifier: Classifier, images: Tensor, target: int) -> Tensor:
+    """The gradient (n,C,H,W) of the log-probability of ``target``; of its logit for the images where that vanishes."""
+    variable = images.detach().requires_grad_()
+    # The smallest normal float32 keeps the logarithm finite and its gradient zero where the probability underflows.
+    log = probabilities(classifier, variable)[:, target].clamp(min=torch.finfo(torch.float32).tiny).log()
+    (gradient,) = torch.autograd.grad(log.sum(), variable)
+    flat = ~(gradient.abs().flatten(1).amax(1) > 1e-6)
+    if flat.any():
+        variable = images[flat].detach().requires_grad_()
+        (gradient[flat],) = torch.autograd.grad(classifier(variable)[:, target].sum(), variable)
+    return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
