@@ -147,8 +147,8 @@ def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
 def from_released(path: str | Path, *, binary: bool = False) -> ABS:
     """ABS, or Binary ABS, with the decoders that the paper's authors released, converted to safetensors.
 
-    Keys are "CLASS.Decoder.LAYER"; the encoders in the file are not used. The candidates are ``prior_candidates``, alpha,
-    eta and gamma those of the released code (paper, section 4; ``PAPER`` is the schedule they belong to).
+    Keys are "CLASS.Decoder.LAYER"; the encoders in the file are not used. The candidates are ``prior_candidates``;
+    alpha, eta and gamma are those of the released code (``absynth.analysis.PAPER`` is the schedule they belong to).
     """
     try:
         tensors = safetensors.torch.load_file(path)

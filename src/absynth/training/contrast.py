@@ -167,8 +167,8 @@ def sharpen(
     checkpoint: str | Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
-) -> tuple[list[Decoder], list[Tensor]]:
-    """Run all rounds: the new decoders, and for every class the latents (P,D) of all images it was asked to explain.
+) -> tuple[list[Decoder], list[Tensor], list[Tensor]]:
+    """Run all rounds: the new decoders and, for every class, the latents (P,D) of its own images and of its rivals'.
 
     ``checkpoint`` names a file written after each round and continued from; resumed and uninterrupted runs end in the
     same weights. Raises InputError for a checkpoint of another configuration, of other decoders or of other data.
@@ -222,7 +222,7 @@ def sharpen(
         decoder = Decoder(sizes)
         decoder.load_state_dict(weights[number])
         sharpened.append(decoder.eval().requires_grad_(False))
-    return sharpened, [one.latents for one in pairs]
+    return sharpened, [one.latents[one.own] for one in pairs], [one.latents[~one.own] for one in pairs]
 
 
 _worker_data: dict[str, Any] = {}  # what a worker process is given once, at its start

@@ -23,7 +23,9 @@ from absynth.errors import InputError, unknown_name
 from absynth.responses import Threshold
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
-from absynth.training.generative import GenerativeConfig, TrainedClass, train_classes
+from absynth.training.contrast import ContrastConfig, sharpen
+from absynth.training.generative import GenerativeConfig, train_classes
+from absynth.vae import Decoder, VAEConfig
 
 CANDIDATES = 1000  # latents a class from which every search starts
 
@@ -96,31 +98,62 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
     config = replace(
         base, vae_steps=max(1, round(base.vae_steps * effort)), decoder_steps=max(1, round(base.decoder_steps * effort))
     )
-    trained = train_classes(*run.train, config, checkpoints=run.checkpoints, progress=run.progress)
-    candidates = torch.stack([choose_candidates(one.latents, CANDIDATES, run.seed) for one in trained])
-    return assemble_abs(run, trained, candidates, config)
+    contrast = ContrastConfig(seed=run.seed)
+    contrast = replace(contrast, rounds=max(1, round(contrast.rounds * min(1.0, effort))))
+    sizes = VAEConfig(run.train[0].shape[-1], run.train[0].shape[1], config.latent_size)
+    rounds = contrast.rounds * run.classes
+    # a class's step of the contrast takes about as long as this many steps of its first two phases
+    scale = 1500
+    whole = run.classes * config.steps + rounds * scale
+
+    def progress(done: int, text: str) -> None:
+        if run.progress is not None:
+            run.progress(done, whole, text)
+
+    trained = train_classes(
+        *run.train, config, checkpoints=run.checkpoints, progress=lambda done, _total, text: progress(done, text)
+    )
+    starts = torch.stack([choose_candidates(one.latents, CANDIDATES, run.seed) for one in trained])
+    decoders, own, rival = sharpen(
+        [one.vae.decoder for one in trained], starts, *run.train, sizes, contrast,
+        beta=config.beta, checkpoint=run.checkpoints / "contrast.safetensors",
+        progress=lambda done, _total, text: progress(whole - (rounds - done) * scale, text),
+    )  # fmt: skip
+    return assemble_abs(run, decoders, choose_all_candidates(own, rival, run.seed), config, contrast)
+
+
+def choose_all_candidates(own: list[Tensor], rival: list[Tensor], seed: int) -> Tensor:
+    """The latents (K,M,D) from which searches start: most cover a class's own images, the rest those of its rivals."""
+    for_rivals = CANDIDATES * 2 // 5
+    return torch.stack(
+        [
+            torch.cat([choose_candidates(a, CANDIDATES - for_rivals, seed), choose_candidates(b, for_rivals, seed)])
+            for a, b in zip(own, rival, strict=True)
+        ]
+    )
 
 
 def assemble_abs(
-    run: Run, trained: list[TrainedClass], candidates: Tensor, config: GenerativeConfig
+    run: Run, decoders: list[Decoder], candidates: Tensor, config: GenerativeConfig, contrast: ContrastConfig
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Calibrate on the held-out images, measure on the test images, and name the tensors."""
-    model = ABS([one.vae.decoder for one in trained], candidates, beta=config.beta)
+    candidates = candidates.half().float()  # as they are stored
+    model = ABS(decoders, candidates, beta=config.beta)
     images, labels = run.held_out
     logits = batched(model, images)
     calibration = calibrate(-logits, labels)
     model.alpha, model.eta = calibration.alpha, calibration.eta
     model.refusal = refusal_threshold(model.posterior(logits))
     clean = accuracy(model, *run.test)
-    vae = trained[0].vae.config
+    channels, size = model.image_shape
     settings = {
-        "classes": run.classes, "image_size": vae.image_size, "channels": vae.channels, "latent_size": vae.latent_size,
+        "classes": run.classes, "image_size": size, "channels": channels, "latent_size": config.latent_size,
         "beta": config.beta, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
-        "training": asdict(config),
+        "training": asdict(config), "contrast": asdict(contrast),
     }  # fmt: skip
     tensors = {"candidates": candidates.half()}
-    for number, one in enumerate(trained):
-        for name, value in one.vae.decoder.state_dict().items():
+    for number, decoder in enumerate(decoders):
+        for name, value in decoder.state_dict().items():
             if not name.endswith("num_batches_tracked"):
                 tensors[f"{number}.decoder.{name}"] = value
     held_out = (logits.argmax(1) == labels).float().mean().item()
