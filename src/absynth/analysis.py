@@ -32,16 +32,21 @@ class Schedule:
     ``candidates``: how many of the stored candidates are used (None: all). ``steps``: refinement steps.
     ``method``: "levenberg-marquardt" or "adam". ``max_norm``: latents stay in the ball of this radius.
 
-    ``slack``: when only the label is asked for, a class is given up as soon as its energy exceeds ``slack[i]`` times
-    the lowest energy any class has reached after i steps (i = 0: among the candidates); the last entry holds from then
-    on. Its energy is then the one it had. Empty: no class is given up.
+    ``slack``: a class is out of the running as soon as its energy exceeds ``slack[i]`` times the lowest energy any
+    class has reached after i steps (i = 0: among the candidates); the last entry holds from then on. Empty: every class
+    stays. When only the label is asked for, the search of such a class ends there, and its energy is the one it had;
+    when all energies are asked for, it goes on to ``losing_steps`` in all.
+
+    ``tolerance``: a search ends early when a step lowers its energy by less than this share.
     """
 
     candidates: int | None = None
-    steps: int = 5
+    steps: int = 8
+    losing_steps: int = 4
     method: str = "levenberg-marquardt"
     max_norm: float = 5.0
     slack: tuple[float, ...] = ()
+    tolerance: float = 1e-5
     damping: float = 0.03  # Levenberg-Marquardt: at the first step, relative to the diagonal
     learning_rate: float = 0.05  # Adam
 
@@ -52,7 +57,7 @@ class Schedule:
             raise ValueError(f"{self}: steps must not be negative, max_norm positive, every slack at least 1")
 
 
-DEFAULT = Schedule(slack=(1.5, 1.4, 1.3))
+DEFAULT = Schedule(slack=(2.0, 1.7, 1.5))
 PAPER = Schedule(candidates=8000, steps=50, method="adam")  # with prior candidates: see ``prior_candidates``
 
 
@@ -60,7 +65,7 @@ PAPER = Schedule(candidates=8000, steps=50, method="adam")  # with prior candida
 class Found:
     """Minima found for B images and K classes: energies (B,K), latents (B,K,D), images (B,K,N) in block order.
 
-    ``settled`` (B,K) is False where a class was given up before the last step.
+    ``settled`` (B,K) is False where a class was out of the running before the last step.
     """
 
     energies: Tensor
@@ -124,28 +129,26 @@ def analyze(
 ) -> Found:
     """Images (B,N) in block order -> the minima found for every class.
 
-    ``label_only`` lets classes be given up by the schedule's slack; ``scales`` (K,) are the factors with which energies
-    are compared. ``starts`` (B,K,D) replaces the search among candidates (for callers that know good latents).
+    ``label_only`` lets the search of a class end where it is out of the running; ``scales`` (K,) are the factors with
+    which energies are compared. ``starts`` (B,K,D) replaces the search among candidates, for callers that know latents.
     """
     count, classes = len(blocks), len(decoders)
     if starts is None:
         starts = torch.stack([found.best(blocks, schedule.candidates) for found in candidates], dim=1)
     work = _Problems(decoders, blocks, starts.flatten(0, 1), beta, schedule)  # problem b*K + c: image b, class c
     work.evaluate(work.everything())
-    slack = schedule.slack if label_only else ()
     weights = torch.ones(classes, device=blocks.device) if scales is None else scales
-    active = work.everything()
     settled = torch.ones(count, classes, dtype=torch.bool, device=blocks.device)
     if schedule.method == "adam":
-        work.adam(active)
+        work.adam(work.everything())
     else:
         for step in range(schedule.steps):
-            if slack:
+            if schedule.slack:
                 energies = work.energies.view(count, classes) * weights  # (B*K,) -> (B,K)
-                limit = slack[min(step, len(slack) - 1)] * energies.amin(1, keepdim=True)
+                limit = schedule.slack[min(step, len(schedule.slack) - 1)] * energies.amin(1, keepdim=True)
                 settled &= energies <= limit
-                active = settled.flatten().nonzero()[:, 0]
-            work.step(active)
+            followed = settled if label_only or step >= schedule.losing_steps else torch.ones_like(settled)
+            work.step((followed.flatten() & work.moving).nonzero()[:, 0])
     return Found(
         energies=work.energies.view(count, classes),
         latents=work.latents.view(count, classes, -1),
@@ -170,6 +173,7 @@ class _Problems:
         self.descent = blocks.new_zeros(count, size)
         self.damping = blocks.new_full((count,), schedule.damping)
         self.linearized = torch.zeros(count, dtype=torch.bool, device=blocks.device)
+        self.moving = torch.ones(count, dtype=torch.bool, device=blocks.device)  # not yet converged
 
     def everything(self) -> Tensor:
         return torch.arange(len(self.latents), device=self.latents.device)
@@ -213,6 +217,8 @@ class _Problems:
             energies = self.energy(images, latents, targets)
             better = energies < self.energies[chunk]
             self.damping[chunk] *= torch.where(better, 0.3, 4.0)
+            gain = self.energies[chunk] - energies
+            self.moving[chunk] = ~better | (gain > self.schedule.tolerance * energies)
             taken = chunk[better]
             self.latents[taken], self.energies[taken], self.images[taken] = (
                 latents[better],

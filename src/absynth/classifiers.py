@@ -49,9 +49,9 @@ class ABS(nn.Module):
     1e-5 in the logits of classes that compete). The gradient is exact, by the envelope theorem: dE_c/dx is
     2 (t(x) - G_c(z*)) / N at the minimum z*, and no back-propagation through the search is needed.
 
-    With the default schedule, ``forward`` gives up classes that cannot win any more (``Schedule.slack``); their logits
-    are then those of the best explanation found so far. ``analyze`` follows every class to the end; wherever a class
-    was not given up, both agree.
+    With the default schedule, ``forward`` stops at classes that are out of the running (``Schedule.slack``); their
+    logits are those of the best explanation found so far. ``analyze`` goes on with them; for the classes that stayed in
+    the running both agree.
 
     ``candidates`` (K,M,D) are the latents that a search starts from. ``response`` is applied to the pixels first,
     ``scales`` (K,) multiplies the energies (the gamma of Binary ABS), ``alpha`` and ``eta`` calibrate the posterior
