@@ -48,7 +48,14 @@ class Goal:
         return Goal(_class_indices(classes, "classes"), toward=True, slack=slack)
 
     def margin(self, logits: Tensor) -> Tensor:
-        """(B,K) -> (B,): by how much the goal is missed; at most 0 when it is met, NaN where logits are NaN."""
+        """(B,K) -> (B,): by how much the goal is missed; at most 0 when it is met, NaN where logits are NaN.
+
+        Raises InputError for a class the logits do not have.
+        """
+        if len(self.classes) and int(self.classes.max()) >= logits.shape[1]:
+            raise InputError(
+                f"class {int(self.classes.max())} is out of range: the model has classes 0 to {logits.shape[1] - 1}"
+            )
         own = logits.gather(1, self.classes.unsqueeze(1)).squeeze(1)
         rival = logits.scatter(1, self.classes.unsqueeze(1), -torch.inf).amax(1)
         return rival - own if self.toward else own - rival
@@ -127,6 +134,12 @@ class Problem:
             for i in range(count)
         ]
         return logits.detach(), torch.nan_to_num(torch.stack(gradients, dim=1), nan=0.0, posinf=0.0, neginf=0.0)
+
+    def ranked_rivals(self, images: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Logits (B,K) and the ``count`` likeliest classes (B,k) other than the goal's own, k at most K − 1."""
+        logits = self.logits(images)
+        others = logits.scatter(1, self.goal.classes.unsqueeze(1), -torch.inf)
+        return logits, others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
     def distance(self, images: Tensor) -> Tensor:
         """(B,) float64, from the clean images."""

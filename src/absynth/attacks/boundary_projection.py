@@ -22,9 +22,10 @@ class BoundaryProjection(Attack):
     At the current image the margin to one rival class is linearized; the *clean* image is projected onto the half-space
     where it is negative, exactly and within [0,1]; the next image is that point, a little past the boundary. At a fixed
     point the image is a stationary point of the smallest-perturbation problem. A step that does not improve on the best
-    adversarial of its run goes back to it and halves the way. Every one of the ``targets`` likeliest rivals has a run;
-    a run that lags ``behind`` times the image's best after half of the steps, or that has stopped improving, is ended.
-    Needs no step size. Works for L0 too, where the projection uses up pixels in the order of their gain.
+    adversarial of its run goes back to it and halves the way. Of the ``candidates`` likeliest rivals, the ``targets``
+    whose linearized boundaries are nearest have a run each; a run that lags ``behind`` times the image's best after
+    half of the steps, or that has stopped improving, is ended. Needs no step size. Works for L0 too, where the
+    projection uses up pixels in the order of their gain.
 
     Source: this project; close to FAB (Croce & Hein 2020, arXiv 1907.02044), which mixes in a projection of the current
     image.
@@ -33,6 +34,7 @@ class BoundaryProjection(Attack):
     norm: Norm
     steps: int = 40
     targets: int = 2
+    candidates: int = 9
     overshoot: float = 0.02
     behind: float = 1.3
     patience: int = 12
@@ -43,7 +45,7 @@ class BoundaryProjection(Attack):
     knowledge = "gradient"
     source = "absynth; after Croce & Hein 2020, arXiv 1907.02044"
     deterministic = True
-    queries = "up to 80 gradients, 10 predictions"
+    queries = "about 50 gradients, 15 predictions"
 
     def search(self, problem: Problem) -> Proposals:
         owner, rivals = self._runs(problem)  # (R,), (R,): R runs, several an image
@@ -81,10 +83,19 @@ class BoundaryProjection(Attack):
         count = len(problem)
         if problem.goal.toward:
             return torch.arange(count, device=problem.images.device), problem.goal.classes
-        logits = problem.logits(problem.images)
-        targets = min(self.targets, logits.shape[1] - 1)
-        rivals = logits.scatter(1, problem.goal.classes.unsqueeze(1), -torch.inf).topk(targets, dim=1).indices
-        return torch.arange(count, device=logits.device).repeat_interleave(targets), rivals.flatten()
+        logits, ranked = problem.ranked_rivals(problem.images, self.candidates)
+        classes = torch.cat([problem.goal.classes.unsqueeze(1), ranked], dim=1)  # (B,1+k)
+        _, jacobian = problem.logits_and_jacobian(problem.images, classes)
+        picked = logits.gather(1, classes)
+        margins = (picked[:, :1] - picked[:, 1:]).flatten()  # (B,k) -> (B*k,)
+        gradients = (jacobian[:, :1] - jacobian[:, 1:]).flatten(0, 1)  # (B,k,C,H,W) -> (B*k,C,H,W)
+        delta, reached = onto_halfspace(
+            self.norm, problem.images.repeat_interleave(ranked.shape[1], dim=0), gradients, margins
+        )
+        length = torch.where(reached, self.norm.size(delta), torch.inf).view_as(ranked)
+        targets = min(self.targets, ranked.shape[1])
+        rivals = ranked.gather(1, length.topk(targets, dim=1, largest=False).indices)  # (B,targets)
+        return torch.arange(count, device=rivals.device).repeat_interleave(targets), rivals.flatten()
 
     def _linearize(self, problem: Problem, x: Tensor, rivals: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Margin (n,) to the rival and its gradient (n,C,H,W) at x, and whether the goal is met there (n,)."""

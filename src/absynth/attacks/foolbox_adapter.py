@@ -64,6 +64,13 @@ def _minimum_norm(attack: Any, step: float) -> Method:
     )
 
 
+class _L0FMN(fb.L0FMNAttack):  # type: ignore[misc]  # Foolbox is untyped here
+    """Foolbox's, which indexes past the end once its budget has grown to the whole image."""
+
+    def project(self, x: Any, x0: Any, epsilon: Any) -> Any:
+        return super().project(x, x0, epsilon.minimum(x[0].raw.numel() - 1))
+
+
 def _hop_skip_jump(constraint: str) -> Method:
     return Method(
         make=lambda steps: fb.HopSkipJumpAttack(steps=steps, max_gradient_eval_steps=1000, constraint=constraint),
@@ -80,7 +87,7 @@ def _hop_skip_jump(constraint: str) -> Method:
 _CARLINI_WAGNER = Method(
     # abort_early looks at the whole batch, which would make rows depend on each other.
     make=lambda steps: fb.L2CarliniWagnerAttack(
-        binary_search_steps=6, steps=steps, initial_const=1.0, abort_early=False
+        binary_search_steps=6, steps=steps, stepsize=0.05, initial_const=1.0, abort_early=False
     ),
     steps=100,
     knowledge="gradient",
@@ -122,7 +129,7 @@ METHODS: dict[str, dict[Norm, Method]] = {
         LINF: _brendel_bethge(fb.LinfinityBrendelBethgeAttack),
     },
     "fmn": {
-        L0: _minimum_norm(fb.L0FMNAttack, 1.0),
+        L0: _minimum_norm(_L0FMN, 1.0),
         L1: _minimum_norm(fb.L1FMNAttack, 1.0),
         L2: _minimum_norm(fb.L2FMNAttack, 1.0),
         LINF: _minimum_norm(fb.LInfFMNAttack, 1.0),

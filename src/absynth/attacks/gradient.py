@@ -125,7 +125,9 @@ class ProjectedGradient(BudgetAttack):
             mean = gradient.abs().flatten(1).mean(1).clamp(min=1e-38)
             velocity = self.momentum * velocity - gradient / per_image(mean, gradient)
             clean, limit = problem.images[todo], radius[todo].to(x.dtype)
-            x = x + self.norm.steepest(velocity, self.relative_step * limit)
+            # A pixel at an edge of the box that wants out would waste the step, in L1 all of it.
+            stuck = ((x <= 0) & (velocity < 0)) | ((x >= 1) & (velocity > 0))
+            x = x + self.norm.steepest(velocity.masked_fill(stuck, 0), self.relative_step * limit)
             x = (clean + self.norm.project(x - clean, limit)).clamp(0, 1)
         best.update(todo, x, problem.rows(todo).met(x))
 
@@ -163,10 +165,8 @@ class DeepFool(Attack):
         best = Best(problem)
         todo = torch.arange(len(problem), device=problem.images.device)
         x = problem.images.clone()
-        ranking = problem.logits(x)  # the candidates stay those of the clean image
         own = problem.goal.classes
-        count = 1 if problem.goal.toward else min(self.candidates, ranking.shape[1] - 1)
-        rivals = ranking.scatter(1, own.unsqueeze(1), -torch.inf).topk(count, dim=1).indices  # (B,k)
+        _, rivals = problem.ranked_rivals(x, self.candidates)  # (B,k): those of the clean image, to the end
         for step in range(self.steps + 1):
             part = problem.rows(todo)
             if problem.goal.toward:  # away from whichever class is ahead of the target now
