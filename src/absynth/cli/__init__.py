@@ -14,10 +14,11 @@ import typer
 from typer.core import TyperGroup
 
 from absynth import __version__
-from absynth.cli.evaluation import evaluate
+from absynth.cli.evaluation import attacks, distal, evaluate, reproduce
 from absynth.cli.models import data, models, train
 from absynth.cli.output import Stopped, note
 from absynth.cli.pictures import classify
+from absynth.cli.runs import compare, merge, report, verify
 from absynth.cli.tour import quickstart
 from absynth.errors import InputError
 
@@ -40,7 +41,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -64,6 +64,13 @@ app.command()(models)
 app.command()(train)
 app.command()(classify)
 app.command()(evaluate)
+app.command()(attacks)
+app.command()(report)
+app.command()(verify)
+app.command()(merge)
+app.command()(compare)
+app.command()(distal)
+app.command()(reproduce)
 
 
 def main() -> None:
@@ -79,8 +86,8 @@ def main() -> None:
         note(f"stopped: {stop}" if str(stop) else "stopped")
         sys.exit(130)
     except OSError as error:
+        _drop_stdout()
         if error.errno == errno.EPIPE:  # the reader, `head` for one, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         place = f" {error.filename}" if error.filename else ""
         hint = "; free some space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
@@ -97,3 +104,11 @@ def main() -> None:
 def _fail(message: str, code: int) -> None:
     note(f"error: {message}")
     sys.exit(code)
+
+
+def _drop_stdout() -> None:
+    """Let what is still unwritten go nowhere, so that the interpreter does not stumble over it when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,42 +1,184 @@
-"""The commands that measure models: ``evaluate``."""
+"""The commands that measure and attack models: ``evaluate``, ``attacks``, ``distal``, ``reproduce``."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from absynth.cli.options import Json, Root, Weights
-from absynth.cli.output import emit, note, percent, progress, table
+from absynth.cli.options import Json, Models, Root, Weights
+from absynth.cli.output import emit, kept, note, percent, progress, table
 from absynth.errors import InputError
+
+if TYPE_CHECKING:
+    from absynth.clean import Clean
+    from absynth.evaluation import Summary
+
+Data = Annotated[str, typer.Option(help="Data set, or a folder of pictures.")]
+Seed = Annotated[int, typer.Option(help="Seed of all randomness.")]
+
+
+def attacks(json: Json = False) -> None:
+    """The attacks and suites, and what each needs."""
+    from absynth.attacks.catalog import SUITES, information
+
+    found = information()
+    if json:
+        emit({"attacks": [asdict(one) for one in found], "suites": {name: list(all) for name, all in SUITES.items()}})
+        return
+    rows = [
+        (
+            one.name,
+            one.norm,
+            one.kind,
+            one.knowledge,
+            "yes" if one.deterministic else "no",
+            one.queries,
+            " ".join(one.suites),
+            one.source,
+        )
+        for one in found
+    ]
+    table(("attack", "norm", "finds", "needs", "deterministic", "queries", "suites", "source"), rows)
 
 
 def evaluate(
-    model: Annotated[
-        list[str] | None,
-        typer.Option(help="A model's name, a weight file, or package.module:factory. Repeatable. Default: all."),
+    model: Models = None,
+    attacks: Annotated[
+        str, typer.Option("--attacks", "--suite", help="none, quick, paper, strong, or attacks separated by commas.")
+    ] = "none",
+    norms: Annotated[str, typer.Option(help="Norms to attack in.")] = "l0,l2,linf",
+    images: Annotated[
+        int | None, typer.Option(help="How many of the first test images. Default: 1000, under attack 100.")
     ] = None,
-    attacks: Annotated[str, typer.Option(help="none: measure on clean images.")] = "none",
-    images: Annotated[int, typer.Option(help="How many of the first test images.")] = 1000,
-    data: Annotated[str, typer.Option(help="Data set, or a folder of pictures.")] = "mnist",
+    data: Data = "mnist",
+    out: Annotated[Path, typer.Option(help="Folder for the rows of an attack; the same command goes on there.")] = Path(
+        "runs/evaluation"
+    ),
+    seed: Seed = 0,
     weights: Weights = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """Measure models: accuracy, likelihood, confidence."""
-    from absynth.clean import measure_models
+    """Measure models, clean or under attack."""
+    models = model or _at_hand(weights, root)
+    if attacks == "none":
+        from absynth.clean import measure_models
 
-    if attacks != "none":
-        raise InputError(f"unknown attacks {attacks!r}: known: none")
-    with progress("evaluating") as report:
-        found = measure_models(
-            model or _at_hand(weights, root), data, images, weights=weights, root=root, progress=report
-        )
-    if json:
-        emit({"data": data, "images": images, "models": {name: asdict(one) for name, one in found.items()}})
+        count = 1000 if images is None else images
+        with progress("evaluating") as report:
+            clean = measure_models(models, data, count, weights=weights, root=root, progress=report)
+        if json:
+            emit({"data": data, "images": count, "models": {name: asdict(one) for name, one in clean.items()}})
+        else:
+            _show_clean(clean)
         return
+    from absynth.reproduction import evaluate_models
+
+    with kept(_goes_on(out)), progress("attacking") as report:
+        summary = evaluate_models(
+            models, data, suite=attacks, norms=norms.split(","), images=100 if images is None else images, out=out,
+            seed=seed, weights=weights, root=root, progress=report,
+        )  # fmt: skip
+    if json:
+        emit(summary.to_json())
+    else:
+        _show_attacked(summary)
+        print(f"the rows are in {out}: absynth report {out}, absynth verify {out}")
+
+
+def distal(
+    model: Models = None,
+    target: Annotated[int, typer.Option(help="The class that the images are made to be called.")] = 1,
+    count: Annotated[int, typer.Option(min=1, help="Images a model.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps at most.")] = 10_000,
+    out: Annotated[Path, typer.Option(help="Run folder; the report shows the images.")] = Path("runs/evaluation"),
+    data: Data = "mnist",
+    seed: Seed = 0,
+    weights: Weights = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Turn noise into what each model is sure of."""
+    models = model or _at_hand(weights, root)
+    from absynth.reproduction import distal_images
+
+    with kept("nothing was written; run the same command again"), progress("distal images") as report:
+        found = distal_images(
+            models, out, dataset=data, target=target, count=count, steps=steps, seed=seed, weights=weights, root=root,
+            progress=report,
+        )  # fmt: skip
+    if json:
+        emit(
+            {
+                "target": target,
+                "models": {
+                    name: {"confidences": one.confidences.tolist(), "steps": one.steps.tolist()}
+                    for name, one in found.items()
+                },
+            }
+        )
+        return
+    rows = [
+        (
+            name,
+            f"{int((one.confidences > 0.9).sum())} of {len(one.confidences)}",
+            " ".join(f"{value:.2f}" for value in one.confidences.tolist()),
+            " ".join(str(step) for step in one.steps.tolist()),
+        )
+        for name, one in found.items()
+    ]
+    table(("model", "over 90 %", f"probability of {target}", "steps"), rows)
+    print(f"the images are in {out}: absynth report {out}")
+
+
+def reproduce(
+    images: Annotated[int, typer.Option(min=1, help="How many of the first test images.")] = 100,
+    model: Models = None,
+    suite: Annotated[str, typer.Option(help="Suites or attacks, separated by commas.")] = "paper,strong",
+    out: Annotated[Path, typer.Option(help="Run folder; the same command goes on there.")] = Path("runs/reproduce"),
+    data: Data = "mnist",
+    seed: Seed = 0,
+    weights: Weights = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """The paper's evidence: all models, all attacks, the report."""
+    models = model or _at_hand(weights, root)
+    from absynth.reproduction import reproduce as run
+
+    with kept(_goes_on(out)), progress("reproducing") as report:
+        files = run(
+            models, out, dataset=data, images=images, suite=suite, seed=seed, weights=weights, root=root,
+            progress=report,
+        )  # fmt: skip
+    if json:
+        emit({key: str(path) for key, path in asdict(files).items()})
+    else:
+        print(f"{files.html}\n{files.csv}\n{files.markdown}")
+
+
+def _goes_on(out: Path) -> str:
+    return f"all finished rows are kept in {out}; the same command goes on from there"
+
+
+def _at_hand(weights: Path | None, root: Path | None) -> list[str]:
+    """All models that can be loaded; the others are named on stderr."""
+    from absynth.reproduction import at_hand
+
+    found, problems = at_hand(weights, root)
+    for name, problem in problems.items():
+        note(f"left out {name}: {problem}")
+    if not found:
+        raise InputError(
+            "no model has weights here: run 'absynth train abs --out weights' and add the option --weights weights"
+        )
+    return found
+
+
+def _show_clean(found: dict[str, Clean]) -> None:
     rows = [
         (
             name,
@@ -53,19 +195,21 @@ def evaluate(
     table(columns, rows, right=columns[1:-1])
 
 
-def _at_hand(weights: Path | None, root: Path | None) -> list[str]:
-    """All models that can be loaded; the others are named on stderr."""
-    from absynth import zoo
-    from absynth.inventory import describe_model
-
-    described = [describe_model(name, folder=weights, root=root) for name in zoo.names()]
-    for one in described:
-        if one.problem:
-            note(f"left out {one.name}: {one.problem}")
-    found = [one.name for one in described if one.problem is None]
-    if not found:
-        raise InputError("no model has weights here: run 'absynth train abs --out weights' and add --weights weights")
-    return found
+def _show_attacked(summary: Summary) -> None:
+    rows = []
+    for one in summary.models:
+        for norm, cells in one.norms.items():
+            for attack, cell in (*cells.attacks.items(), ("all attacks", cells.all)):
+                low, high = cell.accuracy_interval
+                shown = f"{percent(cell.accuracy, 1)} ({percent(low, 0)} – {percent(high, 0)})"
+                rows.append(
+                    (one.name, norm, attack, f"{cell.median:.3g}", f"{cell.threshold:g}", shown, str(cell.images))
+                )
+    columns = ("model", "norm", "attack", "median distance", "threshold", "accuracy there", "images")
+    table(columns, rows, right=columns[3:])
+    for one in summary.models:
+        for doubt in one.doubts:
+            note(f"warning: {one.name}, {doubt.subject}: {doubt.message}")
 
 
 def _sparkline(counts: tuple[int, ...]) -> str:

@@ -15,3 +15,9 @@ Root = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(help="Folder with weight files, as 'absynth train' writes. Default: the shipped ones.")
 ]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", help="A model's name, a weight file, or package.module:factory. Repeatable. Default: all at hand."
+    ),
+]

@@ -32,6 +32,7 @@ from absynth.analysis import Candidates
 from absynth.data import digest
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
+from absynth.training.processes import children_ignore_interrupts, end_with_parent
 from absynth.vae import Decoder, VAEConfig
 
 Progress = Callable[[int, int, str], None]
@@ -192,18 +193,19 @@ def sharpen(
     try:
         for round_number in range(first, config.rounds):
             exchange(pairs, len(images))
-            jobs = [
-                executor.submit(
-                    _round_in_process,
-                    _arrays(weights[number]),
-                    _arrays(vars(pairs[number])),
-                    config,
-                    round_number,
-                    number,
-                    beta,
-                )
-                for number in range(classes)
-            ]
+            with children_ignore_interrupts():
+                jobs = [
+                    executor.submit(
+                        _round_in_process,
+                        _arrays(weights[number]),
+                        _arrays(vars(pairs[number])),
+                        config,
+                        round_number,
+                        number,
+                        beta,
+                    )
+                    for number in range(classes)
+                ]
             for number, job in enumerate(jobs):
                 new_weights, new_pairs = job.result()
                 weights[number] = {name: torch.as_tensor(value) for name, value in new_weights.items()}
@@ -230,6 +232,7 @@ _worker_data: dict[str, Any] = {}  # what a worker process is given once, at its
 
 def _start_worker(pixels: Any, sizes: VAEConfig) -> None:
     torch.set_num_threads(1)
+    end_with_parent()
     _worker_data.update(images=torch.from_numpy(pixels), sizes=sizes)
 
 

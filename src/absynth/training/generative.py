@@ -19,6 +19,7 @@ import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from absynth.data import digest
 from absynth.errors import InputError
 from absynth.training.augment import Augmentation, augment
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
+from absynth.training.processes import children_ignore_interrupts, end_with_parent
 from absynth.vae import VAE, VAEConfig, negative_elbo
 
 Progress = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
@@ -256,16 +258,20 @@ def train_classes(
             for number in range(classes)
         ]
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    with children_ignore_interrupts():
+        manager.start(end_with_parent)
+    with manager:
         messages = manager.Queue()
-        executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+        executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker)
         try:
-            jobs = [
-                executor.submit(
-                    _train_in_process, images[labels == number].numpy(), number, config, files[number], messages
-                )
-                for number in range(classes)
-            ]
+            with children_ignore_interrupts():
+                jobs = [
+                    executor.submit(
+                        _train_in_process, images[labels == number].numpy(), number, config, files[number], messages
+                    )
+                    for number in range(classes)
+                ]
             while not all(job.done() for job in jobs):
                 with contextlib.suppress(queue.Empty):
                     report(*messages.get(timeout=0.5))
@@ -278,8 +284,9 @@ def train_classes(
             executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
     torch.set_num_threads(1)
+    end_with_parent()
 
 
 def _train_in_process(

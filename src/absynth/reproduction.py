@@ -1,0 +1,132 @@
+"""Several models under attack, and all the evidence of the paper in one go."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absynth import data, zoo
+from absynth.clean import load_any
+from absynth.errors import InputError
+from absynth.evaluation import Distal, Progress, Summary, Verification, distal, evaluate, save_distal, summarize, verify
+from absynth.evaluation.ledger import Ledger, ledger_folders
+from absynth.evaluation.reporting import Report, report
+from absynth.inventory import describe_model
+
+Told = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
+
+
+def at_hand(weights: str | Path | None = None, root: str | Path | None = None) -> tuple[list[str], dict[str, str]]:
+    """The models that can be loaded, and why the others cannot, by name."""
+    described = [describe_model(name, folder=weights, root=root) for name in zoo.names()]
+    usable = [one.name for one in described if one.problem is None]
+    return usable, {one.name: one.problem for one in described if one.problem is not None}
+
+
+def evaluate_models(
+    models: Sequence[str],
+    dataset: str | Path = "mnist",
+    *,
+    suite: str = "quick",
+    norms: Sequence[str] = ("l0", "l2", "linf"),
+    images: int = 100,
+    out: str | Path = "runs/evaluation",
+    seed: int = 0,
+    weights: str | Path | None = None,
+    root: str | Path | None = None,
+    progress: Told | None = None,
+) -> Summary:
+    """Attack each model (as ``absynth.clean.load_any`` takes them) into a run folder of its own below ``out``.
+
+    Called again, it goes on where it was interrupted. Arguments and errors as for ``absynth.evaluation.evaluate``.
+    """
+    classifiers = {name: load_any(name, weights=weights, root=root) for name in models}
+    for name, classifier in classifiers.items():
+
+        def tell(at: Progress, name: str = name) -> None:
+            if progress is not None:
+                progress(at.done, at.total, f"{name}, {at.attack}")
+
+        evaluate(
+            classifier, dataset, suite=suite, norms=norms, images=images, out=run_folder(out, name), seed=seed,
+            progress=tell, name=name, root=root,
+        )  # fmt: skip
+    return summarize(out)
+
+
+def run_folder(out: str | Path, model: str) -> Path:
+    """Where below ``out`` the evaluation of a model is kept."""
+    stem = Path(model).stem if model.endswith(".safetensors") else model
+    return Path(out) / re.sub(r"[^\w.-]+", "-", stem)
+
+
+def verify_runs(
+    *folders: str | Path,
+    weights: str | Path | None = None,
+    root: str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """``absynth.evaluation.verify`` with the models taken from the folder ``weights`` (default: shipped)."""
+    names = set()
+    for folder in ledger_folders(folders):
+        with Ledger(folder) as ledger:
+            names |= {record.name for record in ledger.models()}
+    classifiers = {}
+    for name in sorted(names):
+        try:
+            classifiers[name] = load_any(name, weights=weights, root=root)
+        except InputError:
+            continue  # `verify` says which models are missing
+    return verify(*folders, models=classifiers, progress=progress)
+
+
+def distal_images(
+    models: Sequence[str],
+    out: str | Path,
+    *,
+    dataset: str | Path = "mnist",
+    target: int = 1,
+    count: int = 5,
+    steps: int = 10_000,
+    seed: int = 0,
+    weights: str | Path | None = None,
+    root: str | Path | None = None,
+    progress: Told | None = None,
+) -> dict[str, Distal]:
+    """What each model calls class ``target`` with over 90 % although it began as noise; written into ``out``."""
+    images, _ = data.load(dataset, "test", root)
+    channels, height, width = images.shape[1:]
+    found = {}
+    for name in models:
+
+        def tell(done: int, total: int, name: str = name) -> None:
+            if progress is not None:
+                progress(done, total, name)
+
+        found[name] = distal(
+            load_any(name, weights=weights, root=root), target, count=count, shape=(channels, height, width),
+            steps=steps, seed=seed, progress=tell,
+        )  # fmt: skip
+    save_distal(out, found)
+    return found
+
+
+def reproduce(
+    models: Sequence[str],
+    out: str | Path,
+    *,
+    dataset: str | Path = "mnist",
+    images: int = 100,
+    suite: str = "paper,strong",
+    seed: int = 0,
+    weights: str | Path | None = None,
+    root: str | Path | None = None,
+    progress: Told | None = None,
+) -> Report:
+    """The paper's evidence: every model under the paper's attacks and the strong ones, distal images, the report."""
+    evaluate_models(
+        models, dataset, suite=suite, images=images, out=out, seed=seed, weights=weights, root=root, progress=progress
+    )
+    distal_images(models, out, dataset=dataset, seed=seed, weights=weights, root=root, progress=progress)
+    return report(out)

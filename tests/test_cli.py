@@ -1,0 +1,392 @@
+"""The command line: what it prints, where, and the line a mistake gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+import absynth
+from absynth import data, zoo
+from absynth.clean import measure
+from absynth.cli import app, main
+from small_models import save_picture, write_all
+
+ROOT = Path(__file__).parent.parent
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("pictures")
+    images, _ = data.load("digits", "test")
+    return [save_picture(folder / f"{number}.png", images[number]) for number in range(2)]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process."""
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["absynth", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Result(int(ended.value.code or 0), *capsys.readouterr())
+
+    return call
+
+
+def shell(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command as users do, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), **options.pop("env", {})}
+    command = [sys.executable, "-c", "from absynth.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, env=environment, text=True, timeout=600, **{"capture_output": True, **options})
+
+
+def document(result: Result) -> Any:
+    """The one JSON document on stdout."""
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def assert_error(result: Result, *expected: str) -> None:
+    """One line, exit code 2, nothing on stdout."""
+    assert result.code == 2
+    assert result.out == ""
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert lines[0] == result.err.splitlines()[-1]
+    for text in expected:
+        assert text in lines[0]
+
+
+# The program as a whole
+
+
+def test_help_and_version(run: Run) -> None:
+    assert run("--version").out == f"absynth {absynth.__version__}\n"
+    shown = run("--help").out
+    for name in ("quickstart", "data", "models", "train", "classify", "evaluate"):
+        assert f"\n  {name} " in shown
+        assert run(name, "--help").code == 0
+    assert "..." not in shown.split("Commands:")[1], "a summary is too long for its line"
+
+
+def test_page_is_current() -> None:
+    pinned = f"typer=={version('typer')}\n" in (ROOT / "constraints.txt").read_text()
+    if not pinned:
+        pytest.skip("help is laid out a little differently by every version of Typer")
+    namespace: dict[str, Any] = {"__name__": "cli_page", "__file__": str(ROOT / "docs" / "cli_page.py")}
+    exec((ROOT / "docs" / "cli_page.py").read_text(), namespace)
+    assert namespace["page"]() == (ROOT / "docs" / "cli.md").read_text(), "run: python docs/cli_page.py"
+
+
+def test_light_imports() -> None:
+    """`--help` imports no PyTorch; `classify` nothing that only figures, training or attacks need."""
+    heavy = "{'torch', 'rich', 'matplotlib', 'sklearn', 'scipy', 'foolbox', 'PIL'}"
+    check = f"import sys, absynth.cli; print(sorted({heavy} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    found = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, timeout=600)
+    assert found.stdout == "[]\n", found.stderr
+    heavy = "{'matplotlib', 'sklearn', 'scipy', 'foolbox', 'absynth.attacks', 'absynth.training', 'absynth.evaluation'}"
+    check = f"import sys, absynth.verdicts; print(sorted({heavy} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", check], env=environment, capture_output=True, text=True, timeout=600)
+    assert found.stdout == "[]\n", found.stderr
+
+
+def test_public_names() -> None:
+    assert absynth.models() == zoo.names()
+    assert absynth.load is zoo.load
+    assert set(absynth.__all__) <= set(dir(absynth))
+    for name in absynth.__all__:
+        assert getattr(absynth, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = absynth.nothing
+
+
+def test_closed_pipe_and_full_disk(weights: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    closed = shell("models", "--weights", weights, "--json", stdout=write, stderr=subprocess.PIPE, capture_output=False)
+    os.close(write)
+    assert closed.stderr == ""
+    with open("/dev/full", "w") as full:
+        done = shell(
+            "models", "--weights", weights, "--json", stdout=full, stderr=subprocess.PIPE, capture_output=False
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: No space left on device")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_usage_error(run: Run) -> None:
+    result = run("classify")
+    assert result.code == 2
+    assert "image" in result.err.lower()
+    assert result.out == ""
+
+
+# data
+
+
+def test_data(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABSYNTH_DATA", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = document(run("data", "--json"))["datasets"]
+    assert list(found) == list(data.NAMES)
+    test = found["digits"]["splits"][1]
+    assert (test["split"], test["images"], test["shape"], test["classes"]) == ("test", 500, [1, 28, 28], 10)
+    assert test["digest"] == data.digest(*data.load("digits", "test"))
+    assert found["digits"]["problem"] is None
+    assert found["mnist"]["splits"] == []
+    assert "absynth data mnist --download" in found["mnist"]["problem"]
+    text = run("data").out
+    assert "1,297" in text
+    assert "absynth data kmnist --download" in text
+
+
+def test_data_errors(run: Run, tmp_path: Path) -> None:
+    assert_error(run("data", "mnits"), "'mnits'", "did you mean mnist")
+    assert_error(run("data", "--download"), "mnist")
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03 cut off")
+    found = document(run("data", "mnist", "--root", tmp_path, "--json"))["datasets"]["mnist"]
+    assert "t10k-images-idx3-ubyte" in found["problem"]
+
+
+# models
+
+
+def test_models(run: Run, weights: Path) -> None:
+    found = document(run("models", "--weights", weights, "--json"))["models"]
+    assert list(found) == list(zoo.names())
+    for name, one in found.items():
+        model = zoo.load(name, folder=weights)
+        if name in ("abs", "binary-abs"):
+            expected = sum(p.numel() for decoder in model.decoders for p in decoder.parameters())
+            expected += 10 if name == "binary-abs" else 0  # a factor a class
+        else:
+            expected = sum(p.numel() for p in model.parameters())
+        assert one["parameters"] == expected
+        assert one["clean_accuracy"] == 0.5
+        assert one["problem"] is None
+        assert one["digest"] == zoo.read(weights / f"{name}.safetensors").digest
+
+
+def test_models_missing(run: Run, tmp_path: Path) -> None:
+    result = run("models", "--weights", tmp_path)
+    assert result.code == 0
+    assert "cnn: no weight file" in result.err
+    assert "absynth train cnn" in result.err
+
+
+# classify
+
+
+def test_classify(run: Run, weights: Path, pictures: list[Path]) -> None:
+    found = document(run("classify", *pictures, "--weights", weights, "--json"))
+    model = zoo.load("abs", folder=weights)
+    for picture, one in zip(pictures, found["images"], strict=True):
+        analysis = model.analyze(data.load_picture(picture)[None])
+        assert one["file"] == str(picture)
+        assert one["label"] == str(int(analysis.labels))
+        assert list(one["energies"]) == [str(digit) for digit in range(10)]
+        assert list(one["energies"].values()) == pytest.approx(analysis.energies[0].tolist(), rel=1e-4)
+        assert one["probability"] == max(one["probabilities"].values())
+    text = run("classify", pictures[0], "--weights", weights).out
+    assert text.startswith(f"{pictures[0]}: {found['images'][0]['label']}, probability ")
+    assert text.count(":") >= 11
+
+
+def test_classify_without_analysis(run: Run, weights: Path, pictures: list[Path]) -> None:
+    (one,) = document(run("classify", pictures[0], "--model", weights / "cnn.safetensors", "--json"))["images"]
+    expected = zoo.load("cnn", folder=weights)(data.load_picture(pictures[0])[None]).softmax(1)[0]
+    assert one["energies"] is None
+    assert list(one["probabilities"].values()) == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_classify_refuses(run: Run, tmp_path: Path, pictures: list[Path]) -> None:
+    folder = write_all(tmp_path, refusal=1.0)
+    assert "no digit: nothing explains this image" in run("classify", pictures[0], "--weights", folder).out
+    (one,) = document(run("classify", pictures[0], "--weights", folder, "--json"))["images"]
+    assert one["label"] is None
+    assert one["likeliest"] in "0123456789"
+
+
+def test_explain(run: Run, weights: Path, pictures: list[Path], tmp_path: Path) -> None:
+    result = run("classify", pictures[0], "--weights", weights, "--explain", tmp_path / "new" / "why.png")
+    assert result.code == 0
+    assert "explained in" in result.err
+    with Image.open(tmp_path / "new" / "why.png") as figure:
+        assert figure.width > figure.height > 500
+        assert len(figure.convert("L").getcolors(1 << 16)) > 50
+    document(run("classify", *pictures, "--weights", weights, "--explain", tmp_path / "why.svg", "--json"))
+    assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["why-1.svg", "why-2.svg"]
+    assert (tmp_path / "why-1.svg").read_bytes() != (tmp_path / "why-2.svg").read_bytes()
+
+
+def test_classify_errors(run: Run, weights: Path, pictures: list[Path], tmp_path: Path) -> None:
+    at = ("--weights", weights)
+    text = tmp_path / "note.png"
+    text.write_text("not a picture")
+    assert_error(run("classify", pictures[0], text, *at), str(text), "not a picture")
+    assert_error(run("classify", tmp_path / "none.png", *at), "none.png")
+    assert_error(run("classify", pictures[0], "--model", "abss", *at), "'abss'", "did you mean abs")
+    assert_error(run("classify", pictures[0], "--model", "none.safetensors"), "no weight file at none.safetensors")
+    assert_error(run("classify", pictures[0], "--weights", tmp_path), "absynth train abs")
+    explain = (run, "classify", pictures[0], *at, "--explain")
+    assert_error(run("classify", pictures[0], "--model", "cnn", *at, "--explain", tmp_path / "a.png"), "no analysis")
+    assert_error(explain[0](*explain[1:], tmp_path / "why.txt"), "why.txt", ".png")
+    assert_error(explain[0](*explain[1:], text / "why.png"), "cannot write into", "note.png")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "tampered", "another file"])
+def test_damaged_weights(run: Run, weights: Path, pictures: list[Path], tmp_path: Path, damage: str) -> None:
+    content = bytearray((weights / "cnn.safetensors").read_bytes())
+    if damage == "truncated":
+        content = content[: len(content) // 2]
+    elif damage == "tampered":
+        content[-5] ^= 0x10
+    else:
+        content = bytearray(b"something else entirely")
+    (tmp_path / "cnn.safetensors").write_bytes(content)
+    result = run("classify", pictures[0], "--model", "cnn", "--weights", tmp_path)
+    assert_error(result, str(tmp_path / "cnn.safetensors"), "replace it by an intact copy")
+    assert "cnn" in run("models", "--weights", tmp_path).err
+
+
+# evaluate --attacks none
+
+
+def test_evaluate(run: Run, weights: Path) -> None:
+    options = ("--data", "digits", "--weights", weights, "--images", 40)
+    found = document(run("evaluate", *options, "--model", "cnn", "--model", "abs", "--json"))
+    assert list(found["models"]) == ["cnn", "abs"]
+    images, labels = data.load("digits", "test")
+    for name, one in found["models"].items():
+        logits = zoo.load(name, folder=weights)(images[:40])
+        assert one["clean_accuracy"] == float((logits.argmax(1) == labels[:40]).double().mean())
+        low, high = one["interval"]
+        assert low < one["clean_accuracy"] < high
+        assert sum(one["confidence_histogram"]) == one["images"] == 40
+    assert found["models"]["cnn"]["refused"] is None
+    assert found["models"]["abs"]["refused"] == 0
+    everything = run("evaluate", *options)
+    assert everything.code == 0
+    for name in zoo.names():
+        assert f" {name} " in everything.out
+
+
+def test_evaluate_errors(run: Run, weights: Path, tmp_path: Path) -> None:
+    options = ("evaluate", "--data", "digits", "--weights", weights)
+    assert_error(run(*options, "--model", "cn"), "did you mean cnn")
+    assert_error(run(*options, "--images", 501), "501", "500")
+    assert_error(run(*options, "--images", 0), "images is 0")
+    assert_error(run("evaluate", "--data", "digit", "--weights", weights), "did you mean digits")
+    assert_error(run(*options, "--model", "no_such_module:make"), "no_such_module")
+    assert_error(run("evaluate", "--data", "digits", "--weights", tmp_path), "absynth train abs")
+    assert_error(run(*options, "--model", "cnn", "--attacks", "strng", "--out", tmp_path), "did you mean strong")
+
+
+def test_measure_exactly() -> None:
+    """A classifier of known probabilities: p(0) = 0.9 for images brighter than half, else 0.25 and p(1) = 0.75."""
+
+    def classifier(images: torch.Tensor) -> torch.Tensor:
+        bright = images.amax((1, 2, 3)) > 0.5
+        return torch.where(bright[:, None], torch.tensor([0.9, 0.1]), torch.tensor([0.25, 0.75])).log()
+
+    images = torch.cat([torch.ones(3, 1, 4, 4), torch.zeros(1, 1, 4, 4)])
+    found = measure(classifier, images, torch.tensor([0, 0, 1, 1]))
+    assert found.clean_accuracy == 0.75
+    expected = torch.tensor([0.9, 0.9, 0.1, 0.75], dtype=torch.float64).log().mean().item()
+    assert found.log_likelihood == pytest.approx(expected, abs=1e-6)
+    assert found.confidence_histogram == (0, 0, 0, 0, 0, 0, 0, 1, 0, 3) or found.confidence_histogram[7:] == (1, 3, 0)
+    assert found.refused is None
+    with pytest.raises(absynth.InputError, match="2 classes"):
+        measure(classifier, images, torch.tensor([0, 0, 1, 2]))
+
+
+# under attack: evaluate, report, verify, compare, merge, distal
+
+
+def test_attacks(run: Run) -> None:
+    found = document(run("attacks", "--json"))
+    names = {one["name"] for one in found["attacks"]}
+    assert set(found["suites"]) == {"quick", "paper", "strong"}
+    assert all(set(members) <= names for members in found["suites"].values())
+    assert "boundary-projection-l2" in run("attacks").out
+
+
+def test_attacked(run: Run, weights: Path, tmp_path: Path) -> None:
+    where = ("--data", "digits", "--weights", weights, "--images", 3)
+    options = ("evaluate", "--model", "cnn", "--attacks", "fgm-l2", "--norms", "l2", *where)
+    found = document(run(*options, "--out", tmp_path / "one", "--json"))["models"]["cnn"]
+    assert {"median", "accuracy", "threshold", "images", "attacks"} <= set(found["l2"])
+    assert found["l2"]["images"] == 3
+    assert run(*options, "--out", tmp_path / "two", "--seed", 1).code == 0
+    assert document(run("verify", tmp_path / "one", "--weights", weights, "--json"))["holds"]
+    assert document(run("compare", tmp_path / "one" / "cnn", tmp_path / "two" / "cnn", "--json"))["differences"]
+    assert run("merge", tmp_path / "one" / "cnn", tmp_path / "two" / "cnn", "--out", tmp_path / "both").code == 0
+    distal = ("distal", "--model", "cnn", "--count", 2, "--steps", 2, "--out", tmp_path / "one")
+    confidences = document(run(*distal, "--data", "digits", "--weights", weights, "--json"))
+    assert len(confidences["models"]["cnn"]["confidences"]) == 2
+    files = document(run("report", tmp_path / "one", "--json"))
+    assert all(Path(path).stat().st_size > 0 for path in files.values())
+    assert_error(run("report", tmp_path / "nothing"), "nothing")
+
+
+# quickstart
+
+
+def test_quickstart_falls_back(run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path / "none shipped")
+    # as if an earlier quickstart had trained: that one is kept and not trained again
+    (tmp_path / "tour").mkdir()
+    (tmp_path / "tour" / "weights").symlink_to(weights)
+    result = run("quickstart", "--out", tmp_path / "tour", "--images", 5)
+    assert result.code == 0, result.err
+    assert "falling back to the embedded digits" in result.err
+    page = (tmp_path / "tour" / "index.html").read_text()
+    assert str(tmp_path / "tour" / "index.html") in result.out.replace("\n", "")
+    for name in zoo.names():
+        assert name in result.out
+        assert f">{name}<" in page
+    assert page.count("data:image/png;base64,") == 4
+    assert "$" not in page
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_quickstart_cannot_write(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_error(run("quickstart", "--out", tmp_path / "file" / "tour"), "cannot write into")
+
+
+def test_fault_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What no check foresaw is one line too, and says how to see more."""
+    monkeypatch.setattr(app.registered_commands[1], "callback", lambda: 1 / 0)
+    result = run("data")
+    assert result.code == 1
+    assert result.err.startswith("error: a fault of absynth itself, ZeroDivisionError")
+    assert len(result.err.splitlines()) == 1
