@@ -99,16 +99,16 @@ class Candidates(nn.Module):
         self.register_buffer("offsets", offsets.float(), persistent=False)
 
     def best(self, blocks: Tensor, count: int | None) -> Tensor:
-        """Images (B,N) -> the latents (B,D) of the best of the first ``count`` candidates of each."""
+        """Images (B,N) -> the index (B,) of the best of the first ``count`` candidates of each."""
         points, offsets = self.points[:count], self.offsets[:count]
         scores = torch.addmm(offsets, blocks, points.T, alpha=-1)  # (B,M)
         if scores.shape[1] < 2:
-            return self.latents[:1].expand(len(blocks), -1)
+            return torch.zeros(len(blocks), dtype=torch.int64, device=blocks.device)
         # The product's rounding differs with the batch: compare the two best again, in an order that never changes.
         pair = scores.topk(2, largest=False).indices.sort(dim=1).values  # (B,2)
         exact = (blocks[:, None] - points[pair]).square().sum(2) / 2 + offsets[pair]
         exact -= points[pair].square().sum(2) / 2
-        return self.latents[pair.gather(1, exact.argmin(1, keepdim=True))[:, 0]]
+        return pair.gather(1, exact.argmin(1, keepdim=True))[:, 0]
 
 
 # Sizes that keep a chunk's activations in the cache (docs/performance.md).
@@ -133,10 +133,16 @@ def analyze(
     which energies are compared. ``starts`` (B,K,D) replaces the search among candidates, for callers that know latents.
     """
     count, classes = len(blocks), len(decoders)
+    # problem b*K + c: image b, class c
     if starts is None:
-        starts = torch.stack([found.best(blocks, schedule.candidates) for found in candidates], dim=1)
-    work = _Problems(decoders, blocks, starts.flatten(0, 1), beta, schedule)  # problem b*K + c: image b, class c
-    work.evaluate(work.everything())
+        chosen = [one.best(blocks, schedule.candidates) for one in candidates]
+        latents = torch.stack([one.latents[index] for one, index in zip(candidates, chosen, strict=True)], dim=1)
+        points = torch.stack([one.points[index] for one, index in zip(candidates, chosen, strict=True)], dim=1)
+        work = _Problems(decoders, blocks, latents.flatten(0, 1), beta, schedule)
+        work.begin(points.flatten(0, 1))
+    else:
+        work = _Problems(decoders, blocks, starts.flatten(0, 1), beta, schedule)
+        work.evaluate(work.everything())
     weights = torch.ones(classes, device=blocks.device) if scales is None else scales
     settled = torch.ones(count, classes, dtype=torch.bool, device=blocks.device)
     if schedule.method == "adam":
@@ -193,6 +199,12 @@ class _Problems:
     def energy(self, images: Tensor, latents: Tensor, targets: Tensor) -> Tensor:
         """(P,N), (P,D), (P,N) -> (P,)."""
         return (targets - images).square().sum(1) + self.beta / 2 * latents.square().sum(1)
+
+    def begin(self, points: Tensor) -> None:
+        """Start where the images (P,N) of the latents are known, unless those latents lie outside the ball."""
+        self.images = points
+        self.energies = self.energy(points, self.latents, self.targets(self.everything()))
+        self.evaluate((self.latents.norm(dim=1) >= self.schedule.max_norm * (1 - 1e-6)).nonzero()[:, 0])
 
     @torch.no_grad()
     def evaluate(self, problems: Tensor) -> None:

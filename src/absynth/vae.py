@@ -103,7 +103,9 @@ class VAE(nn.Module):
         return self.decoder(mean + noise * torch.exp(0.5 * log_variance)), mean, log_variance
 
 
-def negative_elbo(images: Tensor, reconstructions: Tensor, mean: Tensor, log_variance: Tensor, beta: float = 1.0) -> Tensor:
+def negative_elbo(
+    images: Tensor, reconstructions: Tensor, mean: Tensor, log_variance: Tensor, beta: float = 1.0
+) -> Tensor:
     """Squared error + beta * KL(q || N(0, I)), summed over pixels and latents, averaged over the batch: a scalar.
 
     The squared error is -log p(x|z) up to a constant for a Gaussian with variance 1/2 a pixel, the unit in which the

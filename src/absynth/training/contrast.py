@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from absynth.analysis import Candidates
+from absynth.analysis import Candidates, Schedule, analyze
 from absynth.data import digest
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
@@ -50,7 +50,14 @@ class ContrastConfig:
     batch_size: int = 32
     learning_rate: float = 1e-3
     latent_rate: float = 0.5
+    refresh_steps: int = 0  # Levenberg-Marquardt steps on the latents of hard pairs at the start of each round
+    easy_share: float = 1.0  # share of the pairs that are not hard which a round visits
     seed: int = 0
+
+    @property
+    def hard(self) -> float:
+        """The gap below which a pair is hard."""
+        return self.margin + 2 * self.temperature
 
 
 @dataclass
@@ -104,6 +111,7 @@ def find_pairs(
     return pairs
 
 
+@torch.no_grad()
 def _inverse_curvatures(folded: FoldedDecoder, latents: Tensor, beta: float) -> Tensor:
     """(J'J + beta/2 I)^-1 at latents (M,D): (M,D,D)."""
     found = []
@@ -132,7 +140,12 @@ def train_round(
     decoder.eval().requires_grad_(True)
     optimizer = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed((config.seed * 1000 + number) * 1000 + round_number)
-    order = torch.randperm(len(pairs.images), generator=generator).split(config.batch_size)
+    hard = torch.where(pairs.own, pairs.others - pairs.energies, pairs.energies - pairs.others) < config.hard
+    if config.refresh_steps:
+        _refresh(decoder, pairs, hard.nonzero()[:, 0], images, config.refresh_steps, beta)
+    visited = hard | (torch.rand(len(hard), generator=generator) < config.easy_share)
+    shuffled = torch.randperm(len(hard), generator=generator)
+    order = shuffled[visited[shuffled]].split(config.batch_size)
     for step, rows in enumerate(order):
         done = (round_number + step / len(order)) / config.rounds
         # the first tenth moves hardly anything but the latents, which are still those of the candidates
@@ -154,6 +167,18 @@ def train_round(
         pairs.latents[rows] = latents.detach() - config.latent_rate * newton
         pairs.energies[rows] = energies.detach()
     decoder.requires_grad_(False)
+
+
+def _refresh(decoder: Decoder, pairs: Pairs, rows: Tensor, images: Tensor, steps: int, beta: float) -> None:
+    """Bring the latents of these pairs to the minimum of their energies, and their curvatures with them."""
+    folded = FoldedDecoder(decoder)
+    for chunk in rows.split(512):
+        found = analyze(
+            [folded], [], to_blocks(images[pairs.images[chunk]]), Schedule(steps=steps), beta=beta,
+            starts=pairs.latents[chunk][:, None],
+        )  # fmt: skip
+        pairs.latents[chunk], pairs.energies[chunk] = found.latents[:, 0], found.energies[:, 0]
+        pairs.curvature[chunk] = _inverse_curvatures(folded, found.latents[:, 0], beta)
 
 
 def sharpen(
