@@ -103,7 +103,8 @@ class _L2(Norm):
     name: str = "l2"
 
     def size(self, delta: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        size: Tensor = torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        return size
 
     def project(self, delta: Tensor, radius: Tensor | float) -> Tensor:
         size = delta.flatten(1).double().norm(dim=1, keepdim=True)
@@ -116,7 +117,8 @@ class _L2(Norm):
         flat = gradient.flatten(1)
         flat = flat / flat.abs().amax(1, keepdim=True).clamp(min=1e-38)
         unit = flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-12)
-        return (unit * _column(radius, gradient)).view_as(gradient)
+        step: Tensor = (unit * _column(radius, gradient)).view_as(gradient)
+        return step
 
     def largest(self, images: Tensor) -> float:
         return math.sqrt(images[0].numel())
