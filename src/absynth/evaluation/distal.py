@@ -98,7 +98,9 @@ def save_distal(folder: str | Path, found: Mapping[str, Distal]) -> Path:
     """Write the distal images of several models, by name, into a run folder, where the report finds them."""
     path = Path(folder) / FILE_NAME
     tensors = {
-        f"{i}.{key}": value.contiguous() for i, item in enumerate(found.values()) for key, value in vars(item).items()
+        f"{i}.{key}": value.contiguous().clone()
+        for i, item in enumerate(found.values())
+        for key, value in vars(item).items()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

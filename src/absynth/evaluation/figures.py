@@ -65,7 +65,8 @@ def accuracy_curves(models: Sequence[ModelSummary], norm: str) -> Figure:
     axes.axvline(THRESHOLDS[norm], color=_INK, linewidth=0.8, alpha=0.5)
     axes.set(xlabel=f"{LABELS[norm]} distance", ylabel="accuracy (%)", xlim=(0, WIDEST[norm]), ylim=(0, 101))
     _plain_axes(axes)
-    axes.plot([], [], "--", color=_INK, linewidth=1.0, alpha=0.8, label="published")
+    if any(published_curve(model.name, norm) is not None for model in models):
+        axes.plot([], [], "--", color=_INK, linewidth=1.0, alpha=0.8, label="published")
     if any(certified_radii(model, norm) for model in models):
         axes.plot([], [], ":", color=_INK, linewidth=1.6, label="certified")
     legend = axes.legend(frameon=False, fontsize=8, loc="upper right", labelcolor=_INK)

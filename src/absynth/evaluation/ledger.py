@@ -109,7 +109,7 @@ class Ledger:
                     f"{self.folder} holds an evaluation with {key.replace('_', ' ')} {known[key]!r}, this one has "
                     f"{value!r}: give another output folder"
                 )
-        self._write("INSERT OR IGNORE INTO meta VALUES (?,?)", facts.items())
+        self._write("INSERT INTO meta VALUES (?,?) ON CONFLICT DO NOTHING", facts.items())
 
     def facts(self) -> dict[str, str]:
         """What ``describe`` wrote down."""
@@ -124,7 +124,7 @@ class Ledger:
     def add_attacks(self, records: Iterable[AttackRecord]) -> None:
         """Add attacks; known ones stay."""
         values = [(r.attack, r.name, r.norm, r.knowledge, r.kind) for r in records]
-        self._write("INSERT OR IGNORE INTO attacks VALUES (?,?,?,?,?)", values)
+        self._write("INSERT INTO attacks VALUES (?,?,?,?,?) ON CONFLICT DO NOTHING", values)
 
     def add_images(self, indices: Sequence[int], images: Tensor, labels: Sequence[int]) -> None:
         """Add the clean images (n,C,H,W); known indices stay."""
@@ -132,7 +132,7 @@ class Ledger:
             (index, label, _shape(image), _pack(image))
             for index, image, label in zip(indices, images, labels, strict=True)
         ]
-        self._write("INSERT OR IGNORE INTO images VALUES (?,?,?,?)", values)
+        self._write("INSERT INTO images VALUES (?,?,?,?) ON CONFLICT DO NOTHING", values)
 
     def add_clean(self, rows: Iterable[CleanRow]) -> None:
         """Add clean answers; known ones are replaced."""
@@ -144,7 +144,9 @@ class Ledger:
 
     def add_rows(self, rows: Iterable[Row]) -> None:
         """Add attack rows in one transaction; known keys stay as they are."""
-        self._write(f"INSERT OR IGNORE INTO rows VALUES ({','.join('?' * 15)})", [_row_values(row) for row in rows])
+        self._write(
+            f"INSERT INTO rows VALUES ({','.join('?' * 15)}) ON CONFLICT DO NOTHING", [_row_values(row) for row in rows]
+        )
 
     def add_certificates(self, certificates: Iterable[Certificate]) -> None:
         """Add certificates; known ones (same model, image, norm and method) are replaced."""
@@ -240,7 +242,7 @@ class Ledger:
                 found = other._all(f"SELECT * FROM {table} ORDER BY rowid")
                 if found:
                     places = ",".join("?" * len(found[0]))
-                    connection.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({places})", found)
+                    connection.executemany(f"INSERT INTO {table} VALUES ({places}) ON CONFLICT DO NOTHING", found)
 
     # SQLite
 
@@ -298,6 +300,8 @@ class Ledger:
             raise InputError(
                 f"cannot use {self.path}: {error}; check the folder's permissions and free space"
             ) from error
+        except sqlite3.IntegrityError:
+            raise  # a value of the wrong kind: a mistake in the program, not in the file
         except sqlite3.DatabaseError as error:
             raise InputError(
                 f"{self.path} is damaged ({error}): restore it from a copy, or move it away and run again"

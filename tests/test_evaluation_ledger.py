@@ -1,0 +1,160 @@
+"""The ledger: what is written is read back, resuming is a set difference, and bad files are told apart."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from absynth.errors import InputError
+from absynth.evaluation.ledger import FILE_NAME, Ledger, ledger_folders, merge_ledgers
+from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, ModelRecord, Row
+
+ROW = Row("m", "A()", "l2", 3, 0, 1, 0.1 + 0.2, "found", 5, 2, 0.5, torch.rand(1, 8, 8), "")
+
+
+def filled(folder: Path, rows: list[Row], data: str = "digits") -> Path:
+    with Ledger(folder, write=True) as ledger:
+        ledger.describe(data=data)
+        ledger.add_models([ModelRecord("m", "model", 3)])
+        ledger.add_rows(rows)
+    return folder
+
+
+def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
+    rows = [
+        ROW,
+        replace(ROW, image=4, distance=math.inf, status="failed", adversarial=None),
+        replace(ROW, image=5, distance=math.inf, status="error", adversarial=None, message="it raised"),
+    ]
+    clean = [CleanRow("m", 3, 1, 1, torch.tensor([0.1, 2.0, -1.0])), CleanRow("m", 4, 1, None, None, "NaN")]
+    certificate = Certificate("m", 3, "l2", 0.25, "bisector", "exact", 1)
+    with Ledger(tmp_path, write=True) as ledger:
+        ledger.add_models([ModelRecord("m", "model", 3)])
+        ledger.add_attacks([AttackRecord("A()", "a-l2", "l2", "gradient", "minimum")])
+        ledger.add_images([3], torch.full((1, 1, 8, 8), 0.1), [1])
+        ledger.add_rows(rows)
+        ledger.add_clean(clean)
+        ledger.add_certificates([certificate])
+        ledger.add_probe("m", "steps", "A()", [Doubt("m", "steps-rising", "a-l2", "more")])
+    with Ledger(tmp_path) as ledger:
+        for written, read in zip(rows, ledger.rows("m"), strict=True):
+            assert replace(read, adversarial=None) == replace(written, adversarial=None)
+        stored = ledger.rows("m")[0].adversarial
+        assert stored is not None and torch.equal(stored, ROW.adversarial)
+        assert ledger.rows("m", images=False)[0].adversarial is None
+        assert [row.prediction for row in ledger.clean("m")] == [1, None]
+        assert torch.equal(ledger.clean("m")[0].logits, clean[0].logits)
+        assert torch.equal(ledger.images()[3][0], torch.full((1, 8, 8), 0.1))
+        assert ledger.certificates("m") == [certificate]
+        assert ledger.probes("m") == {("steps", "A()")}
+        assert [doubt.code for doubt in ledger.doubts("m")] == ["steps-rising"]
+        assert ledger.keys("m") == {("A()", 3, 0), ("A()", 4, 0), ("A()", 5, 0)}
+        assert ledger.attacks()["A()"].knowledge == "gradient"
+
+
+def test_errors_are_forgotten_on_request(tmp_path: Path) -> None:
+    filled(tmp_path, [ROW, replace(ROW, image=5, distance=math.inf, status="error", adversarial=None)])
+    with Ledger(tmp_path, write=True) as ledger:
+        ledger.forget_errors("m")
+        assert ledger.keys("m") == {("A()", 3, 0)}
+
+
+def test_a_known_row_stays(tmp_path: Path) -> None:
+    filled(tmp_path, [ROW])
+    filled(tmp_path, [replace(ROW, distance=9.0)])
+    with Ledger(tmp_path) as ledger:
+        assert [row.distance for row in ledger.rows("m")] == [ROW.distance]
+
+
+def test_a_batch_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    with Ledger(tmp_path, write=True) as ledger:
+        with pytest.raises(sqlite3.IntegrityError):
+            ledger.add_rows([ROW, replace(ROW, image=4, label=None)])  # type: ignore[arg-type]
+        assert ledger.rows("m") == []
+
+
+def test_merging_keeps_the_rows_of_both(tmp_path: Path) -> None:
+    first = filled(tmp_path / "a", [ROW])
+    second = filled(tmp_path / "b", [replace(ROW, distance=9.0), replace(ROW, image=7)])
+    merge_ledgers([first, second], tmp_path / "c")
+    with Ledger(tmp_path / "c") as ledger:
+        assert [(row.image, row.distance) for row in ledger.rows("m")] == [(3, ROW.distance), (7, ROW.distance)]
+        assert ledger.facts() == {"data": "digits"}
+    merge_ledgers([second], first)  # into an existing one
+    with Ledger(first) as ledger:
+        assert len(ledger.rows("m")) == 2
+
+
+def test_merging_different_data_is_refused(tmp_path: Path) -> None:
+    first, second = filled(tmp_path / "a", [ROW]), filled(tmp_path / "b", [ROW], data="mnist")
+    with pytest.raises(InputError, match="holds an evaluation with data 'digits', this one has 'mnist'"):
+        merge_ledgers([second], first)
+
+
+def test_no_ledger(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no evaluation in"):
+        Ledger(tmp_path)
+    with pytest.raises(InputError, match="no evaluation in"):
+        ledger_folders([tmp_path])
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_version(tmp_path: Path) -> None:
+    filled(tmp_path, [ROW])
+    with sqlite3.connect(tmp_path / FILE_NAME) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(InputError, match="ledger of version 99, this absynth reads version 1"):
+        Ledger(tmp_path)
+
+
+def test_another_kind_of_database(tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / FILE_NAME)
+    connection.execute("CREATE TABLE stamps (price)")
+    connection.close()
+    for write in (False, True):
+        with pytest.raises(InputError, match="no ledger of absynth"):
+            Ledger(tmp_path, write=write)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "overwritten"])
+def test_a_damaged_file(tmp_path: Path, damage: str) -> None:
+    filled(tmp_path, [replace(ROW, image=image, adversarial=torch.rand(1, 28, 28)) for image in range(40)])
+    file = tmp_path / FILE_NAME
+    with sqlite3.connect(file) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    connection.close()
+    content = bytearray(file.read_bytes())
+    if damage == "garbage":
+        content[:] = b"no database" * 1000
+    elif damage == "truncated":
+        del content[len(content) // 2 :]
+    else:
+        content[8192:12288] = bytes(4096)
+    file.write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        Ledger(tmp_path)
+
+
+def test_one_writer_at_a_time_and_readers_meanwhile(tmp_path: Path) -> None:
+    script = "import sys; from absynth.evaluation.ledger import Ledger; Ledger(sys.argv[1], write=True)"
+    with Ledger(tmp_path, write=True) as ledger:
+        ledger.add_rows([ROW])
+        other = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+        assert other.returncode != 0 and "in use by another process" in other.stderr
+        with Ledger(tmp_path) as reader:
+            assert len(reader.rows("m")) == 1
+    Ledger(tmp_path, write=True).close()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="choose a writable one"):
+        Ledger(tmp_path / "file" / "run", write=True)
