@@ -11,12 +11,13 @@ ifneq ($(ABSYNTH_DATA),)
 export ABSYNTH_DATA
 endif
 
-.PHONY: help setup quickstart test lint format
+.PHONY: help setup quickstart test lint format benchmark
 help:
 	@echo "make setup       install absynth and its tools into .venv"
 	@echo "make quickstart  classify test images with every model, write a page that explains one"
 	@echo "make test        run the tests"
 	@echo "make lint        ruff check, ruff format --check, mypy --strict"
+	@echo "make benchmark   speed against the paper's schedule, as ratios"
 	@echo "make format      let ruff format the code and sort the imports"
 
 setup: $(STAMP)
@@ -37,6 +38,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+benchmark: $(STAMP)
+	$(BIN)/python benchmarks/run.py
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix --select I .
