@@ -1,0 +1,5 @@
+"""``python -m absynth``: the command line."""
+
+from absynth.cli import main
+
+main()
