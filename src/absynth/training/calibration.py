@@ -27,10 +27,10 @@ def calibrate(energies: Tensor, labels: Tensor, median_confidence: float = 0.9) 
     """
     energies = energies.double()
     best: Calibration | None = None
-    for exponent in torch.arange(-20, 0.01, 0.25, dtype=torch.float64).tolist():
+    for exponent in torch.arange(-20, 0.01, 0.5, dtype=torch.float64).tolist():
         eta = 10.0**exponent
         # the evidence against which exp(-alpha E) competes: at large alpha everything drowns in eta
-        alphas = torch.logspace(0, 4.5, 200, dtype=torch.float64)
+        alphas = torch.logspace(0, 4.5, 60, dtype=torch.float64)
         medians = torch.stack([_posterior(energies, float(alpha), eta).amax(1).median() for alpha in alphas])
         reached = (medians >= median_confidence).nonzero()
         if not len(reached) or reached[0] == 0:

@@ -1,0 +1,183 @@
+"""Training of the generative models: it learns, it resumes exactly, and it sets classes apart."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from absynth import data
+from absynth.errors import InputError
+from absynth.training import contrast, generative
+from absynth.training.calibration import calibrate, class_scales, refusal_threshold
+from absynth.training.contrast import ContrastConfig, exchange, find_pairs, sharpen
+from absynth.training.generative import GenerativeConfig, TrainedClass, train_class, train_classes
+from absynth.training.recipes import choose_candidates
+from absynth.vae import VAEConfig
+
+TINY = GenerativeConfig(vae_steps=6, decoder_steps=7, vae_batch_size=8, decoder_batch_size=8)
+SMALL = replace(TINY, vae_steps=50, decoder_steps=80)
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    """80 images of zeros and 80 of ones."""
+    images, labels = data.load("digits", "train")
+    rows = torch.cat([(labels == number).nonzero()[:80, 0] for number in (0, 1)])
+    return images[rows], labels[rows]
+
+
+def same(first: TrainedClass, second: TrainedClass) -> bool:
+    pairs = zip(first.vae.state_dict().values(), second.vae.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs) and torch.equal(first.latents, second.latents)
+
+
+def test_both_phases_lower_the_energy(digits: tuple[Tensor, Tensor]) -> None:
+    losses: list[float] = []
+
+    def listen(step: int, total: int, text: str) -> None:
+        losses.append(float(text.rsplit(" ", 1)[1]))
+
+    zeros = digits[0][:80]
+    trained = train_class(zeros, 0, SMALL, progress=listen)
+    assert len(losses) == SMALL.steps
+    first_phase, second_phase = losses[: SMALL.vae_steps], losses[SMALL.vae_steps :]
+    assert sum(first_phase[-10:]) < 0.5 * sum(first_phase[:10])
+    assert sum(second_phase[-10:]) < 0.8 * sum(second_phase[:10])
+    assert trained.latents.shape == (80, 8)
+    with torch.no_grad():
+        error = (zeros - trained.vae.decoder(trained.latents)).square().flatten(1).sum(1).mean()
+        blank = (zeros - zeros.mean(0)).square().flatten(1).sum(1).mean()
+    assert error < 0.7 * blank  # better than the mean image: the latents say something
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 9])
+def test_a_stopped_training_ends_in_the_same_weights(
+    digits: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    monkeypatch.setattr(generative, "CHECKPOINT_EVERY", 2)
+    whole = train_class(digits[0][:80], 3, TINY)
+
+    def stop(step: int, total: int, text: str) -> None:
+        if step == stop_at:
+            raise KeyboardInterrupt
+
+    file = tmp_path / "class.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        train_class(digits[0][:80], 3, TINY, checkpoint=file, progress=stop)
+    steps: list[int] = []
+    resumed = train_class(digits[0][:80], 3, TINY, checkpoint=file, progress=lambda s, _t, _x: steps.append(s))
+    assert same(whole, resumed)
+    assert not steps or steps[0] > stop_at - 2  # it did go on from the checkpoint
+    assert not same(whole, train_class(digits[0][:80], 4, TINY))
+
+
+def test_another_trainings_checkpoint_is_refused(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    file = tmp_path / "class.safetensors"
+    train_class(digits[0][:80], 0, TINY, checkpoint=file)
+    with pytest.raises(InputError, match="data_digest"):
+        train_class(digits[0][80:], 0, TINY, checkpoint=file)
+    with pytest.raises(InputError, match="config"):
+        train_class(digits[0][:80], 0, replace(TINY, seed=1), checkpoint=file)
+    with pytest.raises(InputError, match="at least 2"):
+        train_class(digits[0][:1], 0, TINY)
+
+
+def test_processes_do_not_change_the_result(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes do: a sum over threads rounds differently
+    try:
+        one = train_classes(*digits, TINY, workers=1)
+    finally:
+        torch.set_num_threads(threads)
+    two = train_classes(*digits, TINY, workers=2, checkpoints=tmp_path)
+    assert all(same(a, b) for a, b in zip(one, two, strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["class-0.safetensors", "class-1.safetensors"]
+
+
+def test_contrast_widens_the_gap_and_resumes(
+    digits: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = (torch.cat([one[:40], one[80:120]]) for one in digits)
+    trained = [train_class(images[labels == number], number, SMALL) for number in (0, 1)]
+    decoders = [one.vae.decoder for one in trained]
+    starts = torch.stack([choose_candidates(one.latents, 40, 0) for one in trained])
+    config = ContrastConfig(rounds=2, batch_size=8, margin=60.0, temperature=10.0, refresh_steps=1)
+    sizes = VAEConfig()
+
+    def gap(of: list[torch.nn.Module]) -> float:
+        pairs = find_pairs(of, starts, images, labels, ContrastConfig(), 1.0)  # type: ignore[arg-type]
+        exchange(pairs, len(images))
+        return torch.cat([(one.energies - one.others)[~one.own] for one in pairs]).mean().item()
+
+    before = gap(list(decoders))
+    whole, own, rival = sharpen(decoders, starts, images, labels, sizes, config, workers=1)
+    assert gap(list(whole)) > before + 1
+    assert [len(one) for one in own] == [40, 40] and [len(one) for one in rival] == [40, 40]
+    assert all(
+        torch.equal(d.conv_0.weight, t.vae.decoder.conv_0.weight) for d, t in zip(decoders, trained, strict=True)
+    )
+
+    file = tmp_path / "contrast.safetensors"
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sharpen(decoders, starts, images, labels, sizes, config, workers=1, checkpoint=file, progress=stop)
+    resumed, _, _ = sharpen(decoders, starts, images, labels, sizes, config, workers=1, checkpoint=file)
+    for a, b in zip(whole, resumed, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    with pytest.raises(InputError, match="config"):
+        sharpen(decoders, starts, images, labels, sizes, replace(config, margin=1.0), workers=1, checkpoint=file)
+
+
+def test_a_rival_is_compared_with_the_true_class() -> None:
+    def pairs(rows: list[int], own: list[bool], energies: list[float]) -> contrast.Pairs:
+        nothing = torch.zeros(len(rows), 0)
+        return contrast.Pairs(torch.tensor(rows), torch.tensor(own), nothing, nothing, torch.tensor(energies), nothing)
+
+    both = [pairs([0, 1], [True, False], [3.0, 9.0]), pairs([0, 1], [False, True], [7.0, 4.0])]
+    exchange(both, 2)
+    assert both[0].others.tolist() == [7.0, 4.0] and both[1].others.tolist() == [3.0, 9.0]
+
+
+def test_candidates_cover_the_latents() -> None:
+    latents = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+    chosen = choose_candidates(latents, 100, seed=1)
+    assert chosen.shape == (100, 8) and torch.equal(chosen, choose_candidates(latents, 100, seed=1))
+    nearest = torch.cdist(latents, chosen).amin(1).mean()
+    random = torch.cdist(latents, torch.randn(100, 8, generator=torch.Generator().manual_seed(5))).amin(1).mean()
+    assert nearest < 0.8 * random
+    filled = choose_candidates(latents[:30], 100, seed=1)
+    assert filled.shape == (100, 8) and torch.equal(filled[:30], latents[:30])
+
+
+def test_calibration_reaches_the_confidence_it_is_asked_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(5, (800,), generator=generator)
+    energies = 0.04 + 0.01 * torch.rand(800, 5, generator=generator)
+    energies[torch.arange(800), labels] = 0.02 + 0.015 * torch.rand(800, generator=generator)
+    found = calibrate(energies, labels)
+    evidence = torch.exp(-found.alpha * energies.double()) + found.eta
+    probabilities = evidence / evidence.sum(1, keepdim=True)
+    assert abs(probabilities.amax(1).median().item() - 0.9) < 1e-3
+    true = probabilities.gather(1, labels[:, None]).log().mean().item()
+    assert abs(-true - found.cross_entropy) < 1e-6
+    threshold = refusal_threshold(probabilities, share=0.05)
+    assert 0.3 <= threshold <= 0.5
+
+
+def test_class_scales_undo_a_bias() -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(3, (3000,), generator=generator)
+    energies = 1 + 0.05 * torch.rand(3000, 3, generator=generator)
+    energies[torch.arange(3000), labels] -= 0.06
+    biased = energies * torch.tensor([1.0, 1.05, 1.0])  # class 1 looks worse than it is
+    scales = class_scales(biased, labels)
+    before = (biased.argmin(1) == labels).float().mean()
+    after = ((biased * scales).argmin(1) == labels).float().mean()
+    assert scales[0] == 1 and 0.93 < scales[1] < 0.97 and abs(scales[2] - 1) < 0.02
+    assert after > before + 0.05
