@@ -21,28 +21,28 @@ class Calibration:
 def calibrate(energies: Tensor, labels: Tensor, median_confidence: float = 0.9) -> Calibration:
     """alpha and eta for energies (N,K) and labels (N,) of held-out images.
 
-    For every eta of a logarithmic grid, alpha is the one that makes the median of the largest probability equal to
-    ``median_confidence`` (by bisection; it grows with alpha as long as the best class stays above eta); the pair of
-    lowest cross-entropy is taken. Paper, section 4 and appendix.
+    For every eta of a logarithmic grid, alpha is the largest one at which the median of the largest probability is
+    ``median_confidence``; the pair of lowest cross-entropy is taken (paper, section 4 and appendix). With growing alpha
+    the median first rises, as classes set themselves apart, then falls, as even good explanations sink below eta. On
+    the rising side the same median says nothing of how well an image is explained: there, noise gets confident answers.
     """
     energies = energies.double()
     best: Calibration | None = None
     for exponent in torch.arange(-20, 0.01, 0.5, dtype=torch.float64).tolist():
         eta = 10.0**exponent
-        # the evidence against which exp(-alpha E) competes: at large alpha everything drowns in eta
         alphas = torch.logspace(0, 4.5, 60, dtype=torch.float64)
         medians = torch.stack([_posterior(energies, float(alpha), eta).amax(1).median() for alpha in alphas])
         reached = (medians >= median_confidence).nonzero()
-        if not len(reached) or reached[0] == 0:
+        if not len(reached) or reached[-1] == len(alphas) - 1:
             continue
-        low, high = float(alphas[reached[0] - 1]), float(alphas[reached[0]])
+        low, high = float(alphas[reached[-1]]), float(alphas[reached[-1] + 1])
         for _ in range(40):
             middle = (low + high) / 2
             enough = _posterior(energies, middle, eta).amax(1).median() >= median_confidence
-            low, high = (low, middle) if enough else (middle, high)
-        loss = F.nll_loss(_posterior(energies, high, eta).log(), labels).item()
+            low, high = (middle, high) if enough else (low, middle)
+        loss = F.nll_loss(_posterior(energies, low, eta).log(), labels).item()
         if best is None or loss < best.cross_entropy:
-            best = Calibration(high, eta, loss)
+            best = Calibration(low, eta, loss)
     if best is None:  # classes that hardly differ: no alpha reaches the confidence; stay sharp and unrefusing
         alpha = 10.0 / float(energies.std().clamp(min=1e-9))
         posterior = _posterior(energies, alpha, 1e-12)

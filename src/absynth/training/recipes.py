@@ -28,6 +28,11 @@ from absynth.training.generative import GenerativeConfig, train_classes
 from absynth.vae import Decoder, VAEConfig
 
 CANDIDATES = 1000  # latents a class from which every search starts
+# A first cycle over all pairs; a second from fresh candidates, for the pairs that are still close.
+CONTRAST = (
+    ContrastConfig(),
+    ContrastConfig(rounds=5, margin=8.0, temperature=3.0, weight=5.0, refresh_steps=2, easy_share=0.3),
+)
 
 
 class Run:
@@ -98,10 +103,11 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
     config = replace(
         base, vae_steps=max(1, round(base.vae_steps * effort)), decoder_steps=max(1, round(base.decoder_steps * effort))
     )
-    contrast = ContrastConfig(seed=run.seed)
-    contrast = replace(contrast, rounds=max(1, round(contrast.rounds * min(1.0, effort))))
+    cycles = [
+        replace(cycle, seed=run.seed, rounds=max(1, round(cycle.rounds * min(1.0, effort)))) for cycle in CONTRAST
+    ]
     sizes = VAEConfig(run.train[0].shape[-1], run.train[0].shape[1], config.latent_size)
-    rounds = contrast.rounds * run.classes
+    rounds = sum(cycle.rounds for cycle in cycles) * run.classes
     # a class's step of the contrast takes about as long as this many steps of its first two phases
     scale = 1500
     whole = run.classes * config.steps + rounds * scale
@@ -113,13 +119,18 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
     trained = train_classes(
         *run.train, config, checkpoints=run.checkpoints, progress=lambda done, _total, text: progress(done, text)
     )
+    decoders = [one.vae.decoder for one in trained]
     starts = torch.stack([choose_candidates(one.latents, CANDIDATES, run.seed) for one in trained])
-    decoders, own, rival = sharpen(
-        [one.vae.decoder for one in trained], starts, *run.train, sizes, contrast,
-        beta=config.beta, checkpoint=run.checkpoints / "contrast.safetensors",
-        progress=lambda done, _total, text: progress(whole - (rounds - done) * scale, text),
-    )  # fmt: skip
-    return assemble_abs(run, decoders, choose_all_candidates(own, rival, run.seed), config, contrast)
+    before = whole - rounds * scale  # steps of the phases and cycles that are over
+    for number, cycle in enumerate(cycles):
+        decoders, own, rival = sharpen(
+            decoders, starts.half().float(), *run.train, sizes, cycle,
+            beta=config.beta, checkpoint=run.checkpoints / f"contrast-{number}.safetensors",
+            progress=lambda done, _total, text, before=before: progress(before + done * scale, text),  # type: ignore[misc]
+        )  # fmt: skip
+        starts = choose_all_candidates(own, rival, run.seed)
+        before += cycle.rounds * run.classes * scale
+    return assemble_abs(run, decoders, starts, config, cycles)
 
 
 def choose_all_candidates(own: list[Tensor], rival: list[Tensor], seed: int) -> Tensor:
@@ -134,7 +145,7 @@ def choose_all_candidates(own: list[Tensor], rival: list[Tensor], seed: int) -> 
 
 
 def assemble_abs(
-    run: Run, decoders: list[Decoder], candidates: Tensor, config: GenerativeConfig, contrast: ContrastConfig
+    run: Run, decoders: list[Decoder], candidates: Tensor, config: GenerativeConfig, cycles: list[ContrastConfig]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Calibrate on the held-out images, measure on the test images, and name the tensors."""
     candidates = candidates.half().float()  # as they are stored
@@ -149,7 +160,7 @@ def assemble_abs(
     settings = {
         "classes": run.classes, "image_size": size, "channels": channels, "latent_size": config.latent_size,
         "beta": config.beta, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
-        "training": asdict(config), "contrast": asdict(contrast),
+        "training": asdict(config), "contrast": [asdict(cycle) for cycle in cycles],
     }  # fmt: skip
     tensors = {"candidates": candidates.half()}
     for number, decoder in enumerate(decoders):
