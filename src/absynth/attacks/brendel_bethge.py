@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from absynth.attacks.base import Attack, Problem, Proposals
+from absynth.attacks.gradient import FastGradient
 from absynth.attacks.noise import SaltAndPepper
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.search import Best, starting_points, toward_clean
@@ -31,8 +32,8 @@ class BrendelBethge(Attack):
     [0,1]: b is the gradient of the margin, averaged over steps with ``momentum``; c leads across the linearized
     boundary by the factor ``overshoot``; r is ``trust`` times the root of the number of values, multiplied by ``decay``
     ``decays`` times in a run. Where the boundary is out of reach within r, the step goes as far toward it as it can.
-    Starts from blends into noise (L0: from salt and pepper). The boundary is seen from the far side: other minima than
-    those of attacks that start at the image.
+    Starts where the clean image's gradient or a blend into noise crosses the boundary, whichever is nearer
+    (L0: at salt and pepper).
     """
 
     norm: Norm
@@ -52,16 +53,13 @@ class BrendelBethge(Attack):
     queries = "up to 200 gradients, 100 predictions"
 
     def search(self, problem: Problem) -> Proposals:
-        start = SaltAndPepper(draws=2).search(problem) if self.norm == L0 else starting_points(problem)
-        start = toward_clean(problem, start, self.bisections) if self.norm != L0 else start
-        best = Best(problem)
-        rows = start.found.nonzero().squeeze(1)
+        best = self._start(problem)
+        rows = best.distance.isfinite().nonzero().squeeze(1)
         if not len(rows):
-            return start
-        best.update(rows, start.images[rows], start.found[rows])
+            return best.proposals()
         part = problem.rows(rows)
         clean = part.images.flatten(1).double()  # (n,C,H,W) -> (n,N)
-        x = start.images[rows].flatten(1).double()
+        x = best.images[rows].flatten(1).double()
         normal = torch.zeros_like(x)
         radius = self.trust * math.sqrt(x.shape[1])
         for step in range(self.steps):
@@ -82,6 +80,19 @@ class BrendelBethge(Attack):
         best.update(rows, images, part.met(images))
         found = best.proposals()
         return take_back(problem, found) if self.norm == L0 else toward_clean(problem, found, self.bisections)
+
+    def _start(self, problem: Problem) -> Best:
+        """Adversarials to begin with, and on the boundary: along the gradient or toward noise, the nearer one."""
+        if self.norm == L0:
+            starts = [SaltAndPepper(draws=2).search(problem)]  # sparse; on the boundary already
+        else:
+            starts = [FastGradient(LINF if self.norm == LINF else L2).search(problem), starting_points(problem)]
+            starts = [toward_clean(problem, start, self.bisections) for start in starts]
+        best = Best(problem)
+        for start in starts:
+            rows = start.found.nonzero().squeeze(1)
+            best.update(rows, start.images[rows], start.found[rows])
+        return best
 
 
 def trust_region_step(
