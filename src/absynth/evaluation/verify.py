@@ -199,7 +199,11 @@ def _clean_statuses(model: str, rows: Iterable[Row], clean: Iterable[CleanRow]) 
 def _clean_answers(
     model: str, classifier: Classifier, clean: list[CleanRow], images: Mapping[int, tuple[Tensor, int]]
 ) -> list[Failure]:
-    failures = []
+    failures = [
+        Failure(model, "", "", row.image, f"the clean answer's label is {row.label}, not the image's")
+        for row in clean
+        if row.image not in images or row.label != images[row.image][1]
+    ]
     usable = [row for row in clean if row.logits is not None and row.image in images]
     for start in range(0, len(usable), BATCH):
         batch = usable[start : start + BATCH]

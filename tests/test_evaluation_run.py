@@ -1,0 +1,526 @@
+"""Runs from end to end on tiny models: resuming, killing, bad models, bad folders, verification, comparison."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sqlite3
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import evaluation_models as models
+from absynth.attacks.base import Attack, Problem, Proposals
+from absynth.attacks.boundary_projection import BoundaryProjection
+from absynth.attacks.gradient import DeepFool, FastGradient
+from absynth.attacks.noise import GaussianNoise
+from absynth.attacks.pointwise import Pointwise
+from absynth.errors import InputError
+from absynth.evaluation import (
+    Certificate,
+    Ledger,
+    Plan,
+    compare,
+    evaluate,
+    load_model,
+    merge,
+    model_digest,
+    summarize,
+    verify,
+)
+from absynth.evaluation.doubts import plant, planted_doubts, with_half_steps
+from absynth.evaluation.judge import judge
+from absynth.evaluation.ledger import FILE_NAME
+from absynth.evaluation.plan import choose_attacks, row_seed
+from absynth.evaluation.run import Progress
+from absynth.norms import L0, L2, LINF
+
+SUITE = (
+    BoundaryProjection(L2, steps=10),
+    GaussianNoise(draws=1, steps=10),
+    BoundaryProjection(LINF, steps=10),
+    Pointwise(L0, draws=1, steps=10),
+)
+ALL_NORMS = ("l0", "l2", "linf")
+
+
+def run(out: Path, model: nn.Module | None = None, **options: Any) -> Any:
+    model = model or models.Linear()
+    data = options.pop("data", None) or models.labeled(models.Linear())
+    options = {"suite": SUITE, "images": 8, "batch_size": 3, "probe": False, "name": "net"} | options
+    return evaluate(model, data, out=out, **options)
+
+
+def rows(folder: Path, model: nn.Module | None = None) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """Everything a ledger says, seconds apart."""
+    with Ledger(folder) as ledger:
+        found = ledger.rows(model_digest(model or models.Linear()))
+    return {
+        row.key: (
+            replace(row, seconds=0.0, adversarial=None),
+            None if row.adversarial is None else row.adversarial.numpy().tobytes(),
+        )
+        for row in found
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of the linear model. Read only."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(folder, probe=True)
+    return folder
+
+
+def test_a_run_finds_the_exact_distances_of_a_linear_model(finished: Path) -> None:
+    model = models.Linear()
+    pictures, labels = models.labeled(model)
+    summary = summarize(finished)["net"]
+    assert summary.clean_accuracy == 0.75
+    weight = model.weight.detach().double()
+    logits = (pictures.flatten(1).double() - 0.5) @ weight
+    for image in range(8):
+        own = int(labels[image])
+        rivals = [c for c in range(3) if c != own]
+        gaps = [(float(logits[image, own] - logits[image, c]), weight[:, own] - weight[:, c]) for c in rivals]
+        exact = 0.0 if image < 2 else min(gap / float(normal.norm()) for gap, normal in gaps)
+        found = summary.norms["l2"].all.distances[image]
+        assert found == 0.0 if image < 2 else exact - 1e-6 <= found <= 1.05 * exact  # the box may add a little
+    assert summary.union is not None and len(summary.union) == 8
+    assert summary.norms["l2"].attacks["boundary-projection-l2"].backward > 0
+    assert summary.norms["l2"].attacks["gaussian-noise-l2"].backward == 0
+
+
+def test_everything_holds(finished: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    result = verify(finished, models={"net": models.Linear()}, progress=lambda done, total: calls.append((done, total)))
+    assert result.holds and result.rows == 32 and result.clean == 8
+    assert calls[-1][0] == calls[-1][1]
+
+
+def test_a_model_that_is_not_at_hand_is_reported(finished: Path) -> None:
+    result = verify(finished)
+    assert not result.holds and not result.failures and "unknown model 'net'" in result.unchecked[0]
+    other = verify(finished, models={"net": models.Linear(seed=5)})
+    assert "has digest" in other.unchecked[0]
+
+
+TAMPERINGS = {
+    "its distance is": "UPDATE rows SET distance = distance / 2 WHERE status = 'found' AND image = 4",
+    "the model is not fooled": "UPDATE rows SET distance = 0, adversarial = "
+    "(SELECT pixels FROM images WHERE image = 4) WHERE status = 'found' AND image = 4",
+    "missing or damaged": "UPDATE rows SET adversarial = x'00' WHERE status = 'found' AND image = 4",
+    "does not fit its distance": "UPDATE rows SET status = 'failed' WHERE image = 4",
+    "but the clean image is classified rightly": "UPDATE rows SET status = 'misclassified', distance = 0, "
+    "adversarial = NULL WHERE image = 4",
+    "its label is": "UPDATE rows SET label = 1 - label WHERE image = 4",
+    "the clean image was misclassified": "UPDATE clean SET logits = (SELECT logits FROM clean WHERE image = 1) "
+    "WHERE image = 4",
+    "the clean answer's label": "UPDATE clean SET label = 1 - label WHERE image = 4",
+}
+
+
+@pytest.mark.parametrize("reason", TAMPERINGS)
+def test_verify_catches_tampering(finished: Path, tmp_path: Path, reason: str) -> None:
+    merge(finished, finished, tmp_path)
+    connection = sqlite3.connect(tmp_path / FILE_NAME)
+    connection.execute(TAMPERINGS[reason])
+    connection.commit()
+    connection.close()
+    result = verify(tmp_path, models={"net": models.Linear()})
+    assert result.failures and any(reason in failure.reason for failure in result.failures)
+    assert {failure.image for failure in result.failures} == {4}
+
+
+def test_no_attack_below_a_certificate(finished: Path, tmp_path: Path) -> None:
+    merge(finished, finished, tmp_path)
+    model = summarize(tmp_path)["net"]
+    nearest = model.norms["l2"].all.distances[5]
+    good = Certificate(model.digest, 5, "l2", nearest, "closed form", "exact", 0)
+    guess = Certificate(model.digest, 6, "l2", 100.0, "guess", "estimate", 0)
+    with Ledger(tmp_path, write=True) as ledger:
+        ledger.add_certificates([good, guess])
+    assert verify(tmp_path, models={"net": models.Linear()}).holds
+    with Ledger(tmp_path, write=True) as ledger:
+        ledger.add_certificates([replace(good, radius=1.001 * nearest)])
+        # An adversarial of any attack counts: L-infinity is only bounded by what the L2 attack found.
+        ledger.add_certificates([replace(good, norm="l1", radius=100.0)])
+    failures = verify(tmp_path, models={"net": models.Linear()}).failures
+    assert [(failure.norm, failure.image) for failure in failures] == [("l1", 5), ("l2", 5)]
+
+
+def test_resuming_is_a_set_difference(tmp_path: Path, finished: Path) -> None:
+    seen: list[Progress] = []
+
+    def stop(progress: Progress) -> None:
+        seen.append(progress)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, progress=stop)
+    before = rows(tmp_path)
+    assert len(before) == 9 and seen[-1].done == 9 and seen[-1].total == 32
+    again: list[Progress] = []
+    run(tmp_path, progress=again.append)
+    assert again[0].done == 12 and again[-1].done == 32 and again[-1].seconds_left == 0
+    assert rows(tmp_path) == rows(finished)
+    run(tmp_path, progress=lambda progress: pytest.fail("nothing was left to do"))
+
+
+def test_more_images_and_attacks_extend_a_run(tmp_path: Path, finished: Path) -> None:
+    run(tmp_path, images=4, suite=SUITE[:2])
+    run(tmp_path, batch_size=5)
+    found = rows(tmp_path)
+    assert found.keys() == rows(finished).keys()
+    for key, (row, _) in rows(finished).items():  # the batch size changes no more than rounding
+        assert found[key][0].distance == pytest.approx(row.distance, rel=1e-3)
+
+
+KILLED = """
+import sys, torch
+sys.path.insert(0, "tests")
+torch.set_num_threads(1)
+import evaluation_models as models, test_evaluation_run as this
+from pathlib import Path
+def pause(progress):
+    print(progress.done, flush=True)
+    sys.stdin.readline()
+this.run(Path(sys.argv[1]), progress=pause)
+"""
+
+
+def test_kill_9_loses_only_the_batch_in_flight(tmp_path: Path, finished: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdin is not None and process.stdout is not None
+    with process:
+        for _ in range(4):
+            done = int(process.stdout.readline())
+            process.stdin.write("\n")
+            process.stdin.flush()
+        process.send_signal(signal.SIGKILL)
+    kept = len(rows(tmp_path))
+    assert done <= kept <= done + 3  # what was in flight may have got through
+    run(tmp_path)
+    assert rows(tmp_path) == rows(finished)
+    assert verify(tmp_path, models={"net": models.Linear()}).holds
+
+
+def test_merging_two_halves_gives_the_whole(tmp_path: Path, finished: Path) -> None:
+    run(tmp_path / "a", images=[0, 1, 2, 3, 4, 5])
+    run(tmp_path / "b", images=[3, 4, 5, 6, 7])
+    summary = merge(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert rows(tmp_path / "c").keys() == rows(finished).keys()
+    assert len(summary["net"].clean) == 8
+
+
+def test_comparing_runs(tmp_path: Path, finished: Path) -> None:
+    run(tmp_path, images=6, suite=(FastGradient(L2), SUITE[1]))
+    found = {(d.norm, d.attack): d for d in compare(finished, tmp_path)}
+    assert set(found) == {("l2", "all"), ("l2", "gaussian-noise-l2")}
+    same = found["l2", "gaussian-noise-l2"]
+    assert same.images == 6 and same.medians[0] == same.medians[1] and same.p_value == 1.0
+    assert found["l2", "all"].nearer + found["l2", "all"].farther <= 4
+    json.dumps([d.to_json() for d in found.values()], allow_nan=False)
+    run(tmp_path / "other", data=models.labeled(models.Linear(), wrong=1))
+    with pytest.raises(InputError, match="different data"):
+        compare(finished, tmp_path / "other")
+
+
+# Models that misbehave
+
+
+class Bad(models.Linear):
+    """The linear model, with something wrong about it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self._calls = what, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        self._calls += 1
+        marked = (
+            images.flatten(1)[:, 0] - models.images(12)[4, 0, 0, 0]
+        ).abs() < 1e-6  # image 4 and sparse changes of it
+        if self.what == "raises at one image" and marked.any():
+            raise RuntimeError("cannot do\nthis one")
+        if self.what == "nan at one image":
+            return torch.where(marked[:, None], torch.nan, logits)
+        if self.what == "random":
+            return logits + torch.randn(logits.shape)
+        if self.what == "wrong shape":
+            return logits[:, :1]
+        if self.what == "constant":
+            return logits * 0 + torch.tensor([3.0, 1.0, 0.0])
+        if self.what == "probabilities":
+            return torch.softmax(logits, dim=1)
+        if self.what == "sees the batch":
+            return logits + 0.5 * len(images) * torch.tensor([1.0, -1.0, 0.0])
+        if self.what == "no gradient":
+            return logits.detach() + images.flatten(1)[:, :1] * 0
+        if self.what == "wrong shape later" and self._calls > 12:
+            return logits.flatten()
+        return logits
+
+
+@pytest.mark.parametrize("what", ["raises at one image", "nan at one image"])
+def test_one_bad_image_is_marked_and_the_rest_goes_on(tmp_path: Path, what: str) -> None:
+    summary = run(tmp_path, Bad(what))
+    with Ledger(tmp_path) as ledger:
+        found = ledger.rows(model_digest(Bad(what)))
+    assert len(found) == 32
+    errors = [row for row in found if row.status == "error"]
+    assert {row.image for row in errors} == {4} and len(errors) == 4
+    expected = "RuntimeError: cannot do this one" if what.startswith("raises") else "NaN"
+    assert expected in errors[0].message
+    cell = summary["net"].norms["l2"].attacks["boundary-projection-l2"]
+    assert (cell.images, cell.errors) == (7, 1)
+    assert any(doubt.code == "errors" for doubt in summary["net"].doubts)
+    assert verify(tmp_path, models={"net": Bad(what)}).holds
+
+
+def test_errors_are_tried_again_on_request(tmp_path: Path) -> None:
+    model = Bad("raises at one image")
+    run(tmp_path, model)
+    digest, model.what = model_digest(model), "raises at one image"
+    model.forward = models.Linear.forward.__get__(model)  # type: ignore[method-assign]
+    assert model_digest(model) == digest
+    assert run(tmp_path, model)["net"].norms["l2"].all.images == 7
+    assert run(tmp_path, model, retry_errors=True)["net"].norms["l2"].all.images == 8
+
+
+@pytest.mark.parametrize("what", ["random", "wrong shape", "wrong shape later"])
+def test_a_model_that_is_no_classifier_gives_marked_rows(tmp_path: Path, what: str) -> None:
+    summary = run(tmp_path, Bad(what), probe=True)
+    with Ledger(tmp_path) as ledger:
+        found = ledger.rows(model_digest(Bad(what)))
+    assert len(found) == 32
+    messages = {row.message for row in found if row.status == "error"}
+    if what == "random":
+        assert any("changed between two calls" in message for message in messages)
+        assert any(doubt.code == "random" for doubt in summary["net"].doubts)
+    else:
+        assert any("expected logits" in message for message in messages)
+    assert not any(row.status == "found" for row in found if what == "wrong shape")
+
+
+def test_probabilities_are_warned_about(tmp_path: Path) -> None:
+    codes = {doubt.code for doubt in run(tmp_path, Bad("probabilities"), probe=True, suite=SUITE[:1])["net"].doubts}
+    assert "probabilities" in codes
+
+
+def test_a_model_that_sees_the_batch_is_warned_about(tmp_path: Path) -> None:
+    summary = run(tmp_path, Bad("sees the batch"), probe=True, suite=SUITE[:1])
+    assert "batch" in {doubt.code for doubt in summary["net"].doubts}
+
+
+def test_a_model_without_gradient_is_warned_about(tmp_path: Path) -> None:
+    summary = run(tmp_path, Bad("no gradient"), probe=True, suite=(FastGradient(L2), SUITE[1]))
+    codes = {doubt.code for doubt in summary["net"].doubts}
+    assert {"zero-gradient", "white-box-beaten"} <= codes
+
+
+def test_a_model_no_attack_can_start_on(tmp_path: Path) -> None:
+    pictures = models.images(4), torch.zeros(4, dtype=torch.int64)
+    summary = run(tmp_path, Bad("constant"), data=pictures, images=4)
+    assert summary["net"].norms["l0"].all.median == math.inf and summary["net"].union == dict.fromkeys(range(4), True)
+    assert "nothing-found" in {doubt.code for doubt in summary["net"].doubts}
+
+
+@dataclass(frozen=True)
+class Liar(Attack):
+    """Claims what it has not done."""
+
+    what: str
+    norm: Any = field(default=L2, repr=False)
+    family = "liar"
+    kind = "minimum"
+    knowledge = "decision"
+    source = "tests"
+    deterministic = True
+    queries = "none"
+
+    def __call__(self, classifier: Any, images: Tensor, goal: Any, seeds: Tensor) -> Proposals:
+        found = torch.ones(len(images), dtype=torch.bool)
+        if self.what == "raises":
+            raise ValueError("out of ideas")
+        proposed = {
+            "clean": images,
+            "range": images + 1,
+            "nan": images * torch.nan,
+            "shape": images[:, :, 1:],
+            "double": images.double(),
+        }[self.what]
+        return Proposals(proposed, found)
+
+    def search(self, problem: Problem) -> Proposals:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "message"),
+    [
+        ("clean", "failed", ""),
+        ("range", "error", "outside [0,1]"),
+        ("nan", "error", "NaN or infinite"),
+        ("shape", "error", "returned shape"),
+        ("double", "error", "float64 instead of float32"),
+        ("raises", "error", "ValueError: out of ideas"),
+    ],
+)
+def test_no_claim_of_an_attack_is_believed(tmp_path: Path, what: str, status: str, message: str) -> None:
+    run(tmp_path, suite=(Liar(what),))
+    with Ledger(tmp_path) as ledger:
+        found = [row for row in ledger.rows(model_digest(models.Linear())) if row.image >= 2]
+    assert {row.status for row in found} == {status} and {row.distance for row in found} == {math.inf}
+    assert all(message in row.message for row in found)
+
+
+def test_the_judge_counts_ties_and_nudges_what_misses_by_rounding() -> None:
+    def classifier(images: Tensor) -> Tensor:
+        return torch.stack([torch.full((len(images),), 0.5), images.flatten(1)[:, 0]], dim=1)
+
+    clean = torch.full((3, 1, 2, 2), 0.25)
+    proposed = clean.clone()
+    proposed[:, 0, 0, 0] = torch.tensor([0.5, 0.49999, 0.4])
+    labels = torch.zeros(3, dtype=torch.int64)
+    verdicts = judge(classifier, clean, proposed, torch.ones(3, dtype=torch.bool), labels, LINF)
+    assert verdicts[0].distance == 0.25
+    assert 0.25 <= verdicts[1].distance <= 0.2501
+    assert verdicts[2].distance == math.inf and verdicts[2].adversarial is None
+
+
+# Doubts about attacks
+
+
+def test_a_planted_adversarial_is_adversarial_and_found_by_a_good_attack() -> None:
+    model = models.Linear()
+    pictures, labels = models.labeled(model, wrong=0)
+    for norm in (L0, L2, LINF):
+        planted, distance = plant(model, pictures[3:4], int(labels[3]), norm, seed=1)
+        with torch.no_grad():
+            assert planted(planted.clean + planted.delta).argmax() == planted.rival != labels[3]
+        assert distance == pytest.approx({"l0": 6, "l2": 0.75, "linf": 0.15}[norm.name], rel=1e-5)
+        assert planted_doubts("m", BoundaryProjection(norm), model, [3, 4], pictures, labels, 0) == []
+
+
+def test_an_attack_that_misses_the_planted_adversarial_is_doubted() -> None:
+    model = Bad("constant")
+    labels = torch.zeros(4, dtype=torch.int64)
+    (doubt,) = planted_doubts("m", FastGradient(L2, steps=1, bisections=0), model, [0, 1], models.images(4), labels, 0)
+    assert doubt.code == "planted-missed" and "instead of 0.75" in doubt.message
+
+
+def test_half_steps() -> None:
+    assert with_half_steps(DeepFool(L2)) == DeepFool(L2, steps=25)
+    assert with_half_steps(Liar("clean")) is None
+
+
+# Plans, models and folders
+
+
+def test_rows_have_seeds_of_their_own() -> None:
+    seeds = {row_seed(seed, image, attack) for seed in range(3) for image in range(50) for attack in ("A()", "B()")}
+    assert len(seeds) == 300 and all(0 <= seed < 2**63 for seed in seeds)
+    assert row_seed(0, 1, "A()") == row_seed(0, 1, "A()")
+
+
+def test_the_digest_names_weights_and_settings() -> None:
+    digests = [
+        model_digest(models.Linear()),
+        model_digest(models.Linear(seed=1)),
+        model_digest(Bad("random")),
+        model_digest(Bad("constant")),
+        model_digest(nn.Sequential(models.Linear())),
+    ]
+    assert len(set(digests)) == 5 and model_digest(models.Linear()) == digests[0]
+
+
+def test_jobs_cover_what_is_missing() -> None:
+    plan = Plan("net", "d", SUITE[:2], (5, 6, 7), "x", "test", "e", batch_size=2)
+    first, second = map(repr, SUITE[:2])
+    assert [job.images for job in plan.jobs()] == [(5, 6), (5, 6), (7,), (7,)]
+    left = plan.jobs({(first, 5, 0), (second, 7, 0), (first, 7, 1)})
+    assert [(repr(job.attack) == first, job.images) for job in left] == [(True, (6,)), (False, (5, 6)), (True, (7,))]
+    assert plan.norms == ("l2",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": models.Linear(seed=3)}, "another model"),
+        ({"seed": 7}, "holds rows of seed 0, this plan has seed 7"),
+        ({"data": (models.images(seed=9), torch.zeros(12, dtype=torch.int64))}, "another output folder"),
+    ],
+)
+def test_another_evaluation_in_the_folder(tmp_path: Path, finished: Path, change: dict[str, Any], message: str) -> None:
+    merge(finished, finished, tmp_path)
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, **change)
+    assert rows(tmp_path) == rows(finished)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": 99}, "images is 99; this split has 12"),
+        ({"images": [0, 12]}, "image index 12 is out of range"),
+        ({"images": [1, 1]}, "an image index comes twice"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"norms": ("l7",)}, "unknown norm 'l7'"),
+        ({"suite": "quik"}, "unknown attack or suite 'quik'.*quick"),
+        ({"data": (models.images() * 255, torch.zeros(12, dtype=torch.int64))}, "values in \\[0,1\\]"),
+        ({"data": (models.images(), torch.zeros(3, dtype=torch.int64))}, "expected 12 integers"),
+        ({"data": (models.images(), torch.full((12,), 3))}, "image 0 has label 3, the model has 3 classes"),
+        ({"data": (models.images(), torch.full((12,), -1))}, "image 0 has label -1"),
+    ],
+)
+def test_bad_options(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        run(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_by_factory() -> None:
+    assert model_digest(load_model("evaluation_models:linear")) == model_digest(models.Linear())
+    for name, message in {
+        "evaluation_models:nothing": "has no function 'nothing'",
+        "no_such_package:model": "cannot import 'no_such_package'",
+        "evaluation_models:no_module": "returned a str",
+        "evaluation_models:broken": "failed: RuntimeError: no weights here",
+        "apps": "unknown model 'apps'",
+    }.items():
+        with pytest.raises(InputError, match=message) as caught:
+            load_model(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_suites_fit_the_model() -> None:
+    names = {attack.name for attack in choose_attacks("latent-descent-l2,deepfool-l2", ("l2",), models.Linear())}
+    assert names == {"deepfool-l2"}
+    thresholded = models.Linear()
+    thresholded.threshold = 0.5  # type: ignore[assignment]
+    (attack,) = choose_attacks("deepfool-l2", ALL_NORMS, thresholded)
+    assert attack.name == "deepfool-refined-l2"
+    assert choose_attacks("none", ALL_NORMS, models.Linear()) == ()
+
+
+def test_clean_accuracy_alone(tmp_path: Path) -> None:
+    summary = run(tmp_path, suite="none")
+    assert summary["net"].clean_accuracy == 0.75 and summary["net"].norms == {}
+    assert summary.to_json()["models"]["net"]["clean_accuracy"] == 0.75
