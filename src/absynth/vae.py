@@ -19,7 +19,7 @@ LATENT_SIZE = 8
 class VAEConfig:
     """Sizes of one class's variational autoencoder.
 
-    ``image_size`` is the side of the square image in pixels; the decoder's strides reach the sizes 16, 20, 24, 28, 32, ...
+    ``image_size`` is the side of the square image in pixels; the decoder's strides reach 16, 20, 24, 28, 32, ...
     """
 
     image_size: int = 28
@@ -29,7 +29,8 @@ class VAEConfig:
     def __post_init__(self) -> None:
         if self.image_size < 16 or self.image_size % 4:
             raise ValueError(
-                f"image_size is {self.image_size}; the decoder makes sides of 16 pixels or more that divide by 4: resize the images"
+                f"image_size is {self.image_size}; the decoder makes sides of 16 pixels or more that divide by 4: "
+                "resize the images"
             )
         if self.channels < 1 or self.latent_size < 1:
             raise ValueError(f"channels and latent_size must be at least 1, not {self.channels} and {self.latent_size}")
@@ -97,7 +98,7 @@ class VAE(nn.Module):
         self.decoder = Decoder(self.config)
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B,C,S,S) -> reconstructions (B,C,S,S) of one sample of q(z|x), its mean (B,D) and log-variance (B,D)."""
+        """Images (B,C,S,S) -> reconstructions (B,C,S,S) of a sample of q(z|x), its mean (B,D), log-variance (B,D)."""
         mean, log_variance = self.encoder(images)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return self.decoder(mean + noise * torch.exp(0.5 * log_variance)), mean, log_variance
