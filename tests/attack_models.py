@@ -32,7 +32,7 @@ class NearestPrototype:
         return Explained(-self(images), self.prototypes.expand(len(images), -1, -1, -1, -1))
 
     def exact(self, norm: Norm, image: Tensor, own: int, rivals: list[int]) -> float:
-        """The distance of ``image`` (1,S,S) to the nearest boundary: closed form; L0 and L1 with the box, by sorts."""
+        """Distance of ``image`` (1,S,S) to the nearest boundary: closed form; L0 and L1 with the box, by sorts."""
         x = image.flatten().double().numpy()
         p = self.prototypes.flatten(1).double().numpy()
         return min(_to_halfspace(norm, x, p[own], p[rival]) for rival in rivals if rival != own)
