@@ -214,7 +214,7 @@ def test_classify(run: Run, weights: Path, pictures: list[Path]) -> None:
         assert one["label"] == str(int(analysis.labels))
         assert list(one["energies"]) == [str(digit) for digit in range(10)]
         assert list(one["energies"].values()) == pytest.approx(analysis.energies[0].tolist(), rel=1e-4)
-        assert one["probability"] == max(one["probabilities"].values())
+        assert one["probability"] == one["probabilities"][one["likeliest"]]
     text = run("classify", pictures[0], "--weights", weights).out
     assert text.startswith(f"{pictures[0]}: {found['images'][0]['label']}, probability ")
     assert text.count(":") >= 11

@@ -39,12 +39,14 @@ class Clean:
 
 
 @torch.no_grad()
-def probabilities(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Images (B,C,S,S) -> p(class | image), (B,K) float64: its ``posterior`` if it has one, else the softmax."""
+def answers(model: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (B,C,S,S) -> labels (B,) and p(class | image) (B,K), float64: the model's ``posterior``, or the softmax.
+
+    The label is that of the largest logit: the posterior of an image that nothing explains may be uniform.
+    """
     logits = model(images).double()
     posterior: Any = getattr(model, "posterior", None)
-    found: Tensor = logits.softmax(1) if posterior is None else posterior(logits)
-    return found
+    return logits.argmax(1), logits.softmax(1) if posterior is None else posterior(logits)
 
 
 def measure(
@@ -57,9 +59,11 @@ def measure(
     """Measure a classifier on images (N,C,S,S) in [0,1] and labels (N,). Raises InputError where they do not fit."""
     if not len(images) or labels.shape != images.shape[:1]:
         raise InputError(f"{len(images)} images and labels {tuple(labels.shape)}: give a label an image")
-    parts = []
+    given, parts = [], []
     for chunk in images.split(BATCH):
-        parts.append(probabilities(model, chunk))
+        chosen, probabilities = answers(model, chunk)
+        given.append(chosen)
+        parts.append(probabilities)
         if progress is not None:
             progress(sum(len(part) for part in parts), len(images), "")
     found = torch.cat(parts)  # (N,K)
@@ -67,7 +71,7 @@ def measure(
         raise InputError(
             f"a label is {int(labels.max())}, the model has {found.shape[1]} classes: give the data set it was made for"
         )
-    right = int((found.argmax(1) == labels).sum())
+    right = int((torch.cat(given) == labels).sum())
     confidence = found.amax(1)
     refuses: Any = getattr(model, "refuses", None)
     return Clean(

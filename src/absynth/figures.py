@@ -46,7 +46,7 @@ def explanation(
     if refused:
         colors["win"] = REFUSED
     energies, probabilities = analysis.energies[0].tolist(), analysis.probabilities[0].tolist()
-    best = max(range(len(names)), key=probabilities.__getitem__)
+    best = int(analysis.labels)
     columns = (len(names) + 1) // 2
     figure = Figure(figsize=(4.6 + 1.12 * columns, 3.5), dpi=200, facecolor=colors["paper"])
     FigureCanvasAgg(figure)

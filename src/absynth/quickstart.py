@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from absynth import data, zoo
 from absynth.classifiers import ABS
-from absynth.clean import Clean, measure, probabilities
+from absynth.clean import Clean, answers, measure
 from absynth.errors import InputError
 from absynth.inventory import check_writable, describe_model, label_names
 
@@ -74,6 +74,7 @@ def run(
         else:
             models[name] = zoo.load(name, folder=weights, root=root)
     images = min(images, len(pictures))
+    noise_images = min(noise_images, len(pictures))
     blank, shuffled = without_digits(pictures[:noise_images])
     clean, on_noise, on_shuffled = {}, {}, {}
     with bar("classifying") as report:
@@ -94,7 +95,7 @@ def run(
 
 
 def without_digits(images: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """As many images of uniform noise as ``images`` (N,C,S,S); and these with their pixels shuffled, each its own way."""
+    """Uniform noise of the shape of ``images`` (N,C,S,S); and these with their pixels shuffled, each in its own way."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(images.shape, generator=generator)
     flat = images.flatten(1)  # (N,P)
@@ -122,14 +123,14 @@ def _choose(out: Path, root: str | Path | None, bar: Bar, say: Callable[[str], N
 
 
 def _answers(model: nn.Module, images: Tensor) -> Noise:
-    found = torch.cat([probabilities(model, chunk) for chunk in images.split(64)])
+    found = torch.cat([answers(model, chunk)[1] for chunk in images.split(64)])
     refused = model.refuses(found).double().mean().item() if isinstance(model, ABS) else None
     return Noise(found.amax(1).median().item(), refused)
 
 
 def _first_right(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """The first of 20 test images that the model gets right; the first if there is none."""
-    right = (probabilities(model, images[:20]).argmax(1) == labels[:20]).nonzero()
+    right = (answers(model, images[:20])[0] == labels[:20]).nonzero()
     return int(right[0]) if len(right) else 0
 
 

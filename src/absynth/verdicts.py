@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,9 +21,9 @@ FORMATS = (".png", ".svg", ".pdf", ".jpg")
 class Verdict:
     """What a model says about one picture.
 
-    ``likeliest`` is the class of largest ``probability``; ``label`` is the same, or None where nothing explains the
-    image. ``probabilities`` and ``energies`` by class name; ``energies`` is None for a model without an analysis.
-    ``explanation``: the figure's file, if one was asked for.
+    ``likeliest`` is the class of the largest logit, with its ``probability``; ``label`` is the same, or None where
+    nothing explains the image. ``probabilities`` and ``energies`` by class name; ``energies`` is None for a model
+    without an analysis. ``explanation``: the figure's file, if one was asked for.
     """
 
     file: str
@@ -52,7 +53,7 @@ def classify_pictures(
         raise InputError(f"model {str(model)!r} has no analysis to draw: use abs or binary-abs, or leave out --explain")
     path = zoo.path_of(model, weights)
     # nearest-neighbor needs no weight file: it is made from the MNIST training images
-    header = zoo.read(path).header if path.exists() else {"data": "mnist", "config": {}}
+    header: dict[str, Any] = zoo.read(path).header if path.exists() else {"data": "mnist", "config": {}}
     size = classifier.image_shape[1] if isinstance(classifier, ABS) else int(header["config"].get("image_size", 28))
     images = torch.stack([data.load_picture(file, size) for file in files])  # (B,1,S,S)
     names: tuple[str, ...] = ()
@@ -64,16 +65,17 @@ def classify_pictures(
             posterior = analysis.probabilities
             refused = bool(classifier.refuses(posterior))
             energies = analysis.energies[0].tolist()
+            best = int(analysis.labels)
         else:
             with torch.no_grad():
                 posterior = classifier(image).softmax(1)
+            best = int(posterior.argmax())
             refused = False
         names = names or label_names(str(header["data"]), posterior.shape[1])
         if figure is not None:
             from absynth.figures import explanation  # here: matplotlib takes a second to import
 
             explanation(image[0], analysis, names, figure, refused=refused)
-        best = int(posterior.argmax())
         found.append(
             Verdict(
                 file=str(file),
