@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,7 @@ def test_a_model_that_is_not_at_hand_is_reported(finished: Path) -> None:
     assert "has digest" in other.unchecked[0]
 
 
+TIE = zlib.compress(bytes(12)).hex()  # three equal logits: broken
 TAMPERINGS = {
     "its distance is": "UPDATE rows SET distance = distance / 2 WHERE status = 'found' AND image = 4",
     "the model is not fooled": "UPDATE rows SET distance = 0, adversarial = "
@@ -121,8 +123,7 @@ TAMPERINGS = {
     "but the clean image is classified rightly": "UPDATE rows SET status = 'misclassified', distance = 0, "
     "adversarial = NULL WHERE image = 4",
     "its label is": "UPDATE rows SET label = 1 - label WHERE image = 4",
-    "the clean image was misclassified": "UPDATE clean SET logits = (SELECT logits FROM clean WHERE image = 1) "
-    "WHERE image = 4",
+    "the clean image was misclassified": f"UPDATE clean SET logits = x'{TIE}' WHERE image = 4",
     "the clean answer's label": "UPDATE clean SET label = 1 - label WHERE image = 4",
 }
 
