@@ -365,7 +365,7 @@ def test_quickstart_falls_back(run: Run, weights: Path, tmp_path: Path, monkeypa
     # as if an earlier quickstart had trained: that one is kept and not trained again
     (tmp_path / "tour").mkdir()
     (tmp_path / "tour" / "weights").symlink_to(weights)
-    result = run("quickstart", "--out", tmp_path / "tour", "--images", 5)
+    result = run("quickstart", "--out", tmp_path / "tour", "--images", 5, "--noise", 3)
     assert result.code == 0, result.err
     assert "falling back to the embedded digits" in result.err
     page = (tmp_path / "tour" / "index.html").read_text()
@@ -385,7 +385,12 @@ def test_quickstart_cannot_write(run: Run, tmp_path: Path) -> None:
 
 def test_fault_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """What no check foresaw is one line too, and says how to see more."""
-    monkeypatch.setattr(app.registered_commands[1], "callback", lambda: 1 / 0)
+
+    def faulty() -> None:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr(app.registered_commands[1], "callback", faulty)
+    monkeypatch.setattr(app.registered_commands[1], "name", "data")
     result = run("data")
     assert result.code == 1
     assert result.err.startswith("error: a fault of absynth itself, ZeroDivisionError")
