@@ -94,14 +94,14 @@ def measure_models(
     root: str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Clean]:
-    """Measure models on the first ``images`` test images (None: all) of a data set.
+    """Measure models on the first ``images`` test images of a data set (None: 1,000, or all where there are fewer).
 
     ``models``: names of the zoo, with weights from the folder ``weights``, paths of weight files, or
     ``package.module:factory``. Raises InputError for anything that is not there or does not fit.
     """
     classifiers = {name: load_any(name, weights=weights, root=root) for name in models}
     pictures, labels = data.load(dataset, "test", root)
-    chosen = list(image_indices(len(pictures) if images is None else images, len(pictures)))
+    chosen = list(image_indices(min(1000, len(pictures)) if images is None else images, len(pictures)))
     found: dict[str, Clean] = {}
     for number, (name, classifier) in enumerate(classifiers.items()):
 

@@ -92,7 +92,7 @@ def describe_model(name: str, *, folder: str | Path | None = None, root: str | P
     """The model called ``name``, with weights from ``folder`` (default: shipped). Raises InputError if unknown."""
     path = zoo.path_of(name, folder)
     description = zoo.DESCRIPTIONS[name]
-    if name == "nearest-neighbor" and not path.exists():
+    if name == "nearest-neighbor" and folder is None and not path.exists():
         at_hand = data.at_hand("mnist", "train", root)
         problem = None if at_hand else "needs MNIST's training images: run 'absynth data mnist --download'"
         return Model(name, description, parameters=0, data="mnist", problem=problem)

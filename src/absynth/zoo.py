@@ -83,7 +83,7 @@ def load(
     its training set, see ``absynth.data.load``, which looks in ``root``
     first. Raises InputError for unknown names and damaged files.
     """
-    if name == "nearest-neighbor" and not path_of(name, folder).exists():
+    if name == "nearest-neighbor" and folder is None and not path_of(name).exists():
         return NearestNeighbor(*data.load("mnist", "train", root)).eval().to(device)
     path = path_of(name, folder)
     file = read(path)

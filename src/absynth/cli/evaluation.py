@@ -67,10 +67,10 @@ def evaluate(
     if attacks == "none":
         from absynth.clean import measure_models
 
-        count = 1000 if images is None else images
         with progress("evaluating") as report:
-            clean = measure_models(models, data, count, weights=weights, root=root, progress=report)
+            clean = measure_models(models, data, images, weights=weights, root=root, progress=report)
         if json:
+            count = next(iter(clean.values())).images
             emit({"data": data, "images": count, "models": {name: asdict(one) for name, one in clean.items()}})
         else:
             _show_clean(clean)

@@ -41,12 +41,13 @@ def quickstart(
                 name,
                 percent(clean.clean_accuracy, 1),
                 interval,
+                f"{clean.median_confidence:.2f}",
                 f"{blank.confidence:.2f}",
                 f"{shuffled.confidence:.2f}",
                 refused,
             )
         )
-    columns = ("model", "right", "95 % interval", "sure of noise", "sure of shuffled digits", "refuses these")
+    columns = ("model", "right", "95 % interval", "sure of digits", "of noise", "of shuffled digits", "refuses these")
     print(f"{tour.images} test images of {tour.dataset}; sure: median of the largest probability")
     table(columns, rows, right=columns[1:])
     print(f"how ABS explains an image: {tour.page}")
