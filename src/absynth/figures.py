@@ -14,16 +14,10 @@ from torch import Tensor
 from absynth.classifiers import Analysis
 from absynth.errors import InputError
 
-_LIGHT = {
-    "paper": "#ffffff",
-    "ink": "#1c2330",
-    "soft": "#66708a",
-    "line": "#d5d9e2",
-    "win": "#0b7a5c",
-    "bar": "#a9b1c2",
-}
-_DARK = {"paper": "#14171d", "ink": "#e8ebf2", "soft": "#98a1b5", "line": "#363c48", "win": "#3ecf9f", "bar": "#5a6376"}
-REFUSED = "#c2571a"
+_LIGHT = {"paper": "#ffffff", "ink": "#1c2330", "soft": "#66708a", "line": "#d5d9e2", "bar": "#a9b1c2"}
+_LIGHT |= {"best": "#0b7a5c", "refused": "#c2571a"}
+_DARK = {"paper": "#14171d", "ink": "#e8ebf2", "soft": "#98a1b5", "line": "#363c48", "bar": "#5a6376"}
+_DARK |= {"best": "#3ecf9f", "refused": "#f0904e"}
 
 
 def explanation(
@@ -42,9 +36,8 @@ def explanation(
     class is marked, in another color if ``refused``: if nothing explains the image. ``dark``: for dark pages. Raises
     InputError if the file cannot be written.
     """
-    colors = dict(_DARK if dark else _LIGHT)
-    if refused:
-        colors["win"] = REFUSED
+    colors = _DARK if dark else _LIGHT
+    mark = colors["refused" if refused else "best"]
     energies, probabilities = analysis.energies[0].tolist(), analysis.probabilities[0].tolist()
     best = int(analysis.labels)
     columns = (len(names) + 1) // 2
@@ -56,18 +49,18 @@ def explanation(
     _show(seen, image, colors["line"], 1.0)
     seen.set_title("the image", color=colors["ink"], fontsize=11, pad=9)
     verdict = "no class explains it" if refused else f"explained best as {names[best]}"
-    seen.set_xlabel(verdict, color=colors["win"], fontsize=11, labelpad=8, fontweight="bold")
+    seen.set_xlabel(verdict, color=mark, fontsize=11, labelpad=8, fontweight="bold")
 
     width = (1 - left - right - 0.03) / columns
     for number, name in enumerate(names):
         row, column = divmod(number, columns)
         cell = figure.add_axes((left + column * width, 0.5 - 0.455 * row, 0.84 * width, 0.325))
         chosen = number == best
-        _show(cell, analysis.reconstructions[0, number], colors["win" if chosen else "line"], 2.4 if chosen else 1.0)
+        _show(cell, analysis.reconstructions[0, number], mark if chosen else colors["line"], 2.4 if chosen else 1.0)
         weight = "bold" if chosen else "normal"
-        cell.set_title(name, color=colors["win" if chosen else "ink"], fontsize=9.5, pad=4, fontweight=weight)
+        cell.set_title(name, color=mark if chosen else colors["ink"], fontsize=9.5, pad=4, fontweight=weight)
         cell.set_xlabel(
-            f"{1000 * energies[number]:.1f}", color=colors["win" if chosen else "soft"], fontsize=9, labelpad=3,
+            f"{1000 * energies[number]:.1f}", color=mark if chosen else colors["soft"], fontsize=9, labelpad=3,
             fontweight=weight,
         )  # fmt: skip
     middle = left + (columns * width - 0.16 * width) / 2
@@ -79,7 +72,7 @@ def explanation(
     bars.set_facecolor(colors["paper"])
     rows = list(range(len(names)))
     bars.barh(
-        rows, probabilities, height=0.66, color=[colors["win" if row == best else "bar"] for row in rows], linewidth=0
+        rows, probabilities, height=0.66, color=[mark if row == best else colors["bar"] for row in rows], linewidth=0
     )
     bars.set_xlim(0, 1)
     bars.set_ylim(len(names) - 0.4, -0.6)
@@ -97,7 +90,7 @@ def explanation(
     inside = value > 0.6
     bars.text(
         value - 0.03 if inside else value + 0.03, best, f"{value:.2f}", va="center", ha="right" if inside else "left",
-        color=colors["paper"] if inside else colors["win"], fontsize=8.5, fontweight="bold",
+        color=colors["paper"] if inside else mark, fontsize=8.5, fontweight="bold",
     )  # fmt: skip
     try:
         # No date and version inside: the same analysis gives the same file.

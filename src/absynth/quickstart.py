@@ -87,10 +87,10 @@ def run(
     assert isinstance(explainer, ABS)
     names = label_names(dataset, len(explainer.decoders))
     shown = _first_right(explainer, pictures, labels)
-    for file, image in (("digit", pictures[shown]), ("shuffled", shuffled[0])):
-        _explain(explainer, image, names, out / file)
+    _explain(explainer, pictures[shown], names, out / "digit")
+    refused = _explain(explainer, shuffled[0], names, out / "shuffled")
     tour = Tour(dataset, images, clean, on_noise, on_shuffled, out / "index.html")
-    tour.page.write_text(_page(tour, noise_images, out), encoding="utf-8")
+    tour.page.write_text(_page(tour, noise_images, refused), encoding="utf-8")
     return tour
 
 
@@ -134,16 +134,18 @@ def _first_right(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     return int(right[0]) if len(right) else 0
 
 
-def _explain(model: ABS, image: Tensor, names: tuple[str, ...], stem: Path) -> None:
+def _explain(model: ABS, image: Tensor, names: tuple[str, ...], stem: Path) -> bool:
+    """Draw the light and the dark figure; whether the model refuses the image."""
     from absynth.figures import explanation  # here: matplotlib takes a second to import
 
     analysis = model.analyze(image[None])
     refused = bool(model.refuses(analysis.probabilities))
     for suffix, dark in (("light", False), ("dark", True)):
         explanation(image, analysis, names, stem.with_name(f"{stem.name}-{suffix}.png"), refused=refused, dark=dark)
+    return refused
 
 
-def _page(tour: Tour, noise_images: int, out: Path) -> str:
+def _page(tour: Tour, noise_images: int, refused: bool) -> str:
     """The page: one file, no scripts, figures inside."""
     rows = []
     for name, clean in tour.clean.items():
@@ -151,6 +153,7 @@ def _page(tour: Tour, noise_images: int, out: Path) -> str:
         cells = (
             f"<th scope=row>{html.escape(name)}<small>{html.escape(zoo.DESCRIPTIONS[name])}</small></th>",
             f"<td>{100 * clean.clean_accuracy:.1f} %<small>{100 * low:.1f} – {100 * high:.1f}</small></td>",
+            f"<td>{clean.median_confidence:.2f}</td>",
             *(_noise_cell(one[name]) for one in (tour.noise, tour.shuffled)),
         )
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -159,9 +162,10 @@ def _page(tour: Tour, noise_images: int, out: Path) -> str:
         dataset="MNIST" if tour.dataset == "mnist" else "the embedded digits",
         images=tour.images,
         noise_images=noise_images,
+        verdict="no class explains it, and ABS says so" if refused else "ABS still names a class",
         rows="\n".join(rows),
         **{
-            f"{figure}_{shade}": base64.b64encode((out / f"{figure}-{shade}.png").read_bytes()).decode()
+            f"{figure}_{shade}": base64.b64encode(tour.page.with_name(f"{figure}-{shade}.png").read_bytes()).decode()
             for figure in ("digit", "shuffled")
             for shade in ("light", "dark")
         },
