@@ -20,12 +20,13 @@ class BoundaryProjection(Attack):
     """The nearest point of the linearized boundary to the clean image, within the box, iterated to a fixed point.
 
     At the current image the margin to one rival class is linearized; the *clean* image is projected onto the half-space
-    where it is negative, exactly and within [0,1]; the next image is that point, a little past the boundary. At a fixed
-    point the image is a stationary point of the smallest-perturbation problem. A step that does not improve on the best
-    adversarial of its run goes back to it and halves the way. Of the ``candidates`` likeliest rivals, the ``targets``
-    whose linearized boundaries are nearest have a run each; a run that lags ``behind`` times the image's best after
-    half of the steps, or that has stopped improving, is ended. Needs no step size. Works for L0 too, where the
-    projection uses up pixels in the order of their gain.
+    where it is negative, exactly and within [0,1]; the next image is that point, a little past the boundary, and
+    farther past it with each step that finds nothing. At a fixed point the image is a stationary point of the
+    smallest-perturbation problem. A step that does not improve on the best adversarial of its run goes back to it and
+    halves the way. Of the ``candidates`` likeliest rivals, the ``targets`` whose linearized boundaries are nearest have
+    a run each; a run that lags ``behind`` times the image's best after half of the steps, or that has stopped
+    improving, is ended. Needs no step size. Works for L0 too, where the projection uses up pixels in the order of their
+    gain.
 
     Source: this project; close to FAB (Croce & Hein 2020, arXiv 1907.02044), which mixes in a projection of the current
     image.
@@ -54,6 +55,8 @@ class BoundaryProjection(Attack):
         x = runs.images.clone()
         # The share of the way from the best adversarial to the projection: 1, halved where a step did not improve.
         share = torch.ones(len(runs), dtype=torch.float64, device=x.device)
+        # How far past the linearized boundary: doubled while nothing is found, where the boundary curves away.
+        beyond = torch.full_like(share, self.overshoot / 2)
         stale = torch.zeros(len(runs), dtype=torch.int64, device=x.device)
         todo = torch.arange(len(runs), device=x.device)
         for step in range(self.steps):
@@ -65,7 +68,8 @@ class BoundaryProjection(Attack):
             # Linearized at x, the margin at the clean image is margin − gradient·(x − clean).
             moved = ((x[todo] - part.images).double() * gradient.double()).flatten(1).sum(1)
             delta, _ = onto_halfspace(self.norm, part.images, gradient, margin.double() - moved)
-            goal = (part.images + (1 + self.overshoot) * delta).clamp(0, 1)
+            beyond[todo] = torch.where(best.distance[todo].isinf(), (2 * beyond[todo]).clamp(max=1), self.overshoot)
+            goal = (part.images + (1 + per_image(beyond[todo], delta)) * delta).clamp(0, 1)
             lost = best.distance[todo].isfinite() & ~improved
             share[todo] = torch.where(lost, (share[todo] / 2).clamp(min=1 / 64), share[todo])
             base = torch.where(per_image(best.distance[todo].isfinite(), x) > 0, best.images[todo], x[todo])
