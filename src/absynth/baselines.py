@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from absynth.certificates import Prototypes
 from absynth.checks import check_images
 from absynth.errors import InputError
+from absynth.nearest import differences, nearest_of_each_class, offsets_of, rounding_slack
 from absynth.responses import Threshold
 
 
@@ -94,10 +96,9 @@ class NearestNeighbor(nn.Module):
     images: Tensor  # (N,C,S,S) uint8, sorted by class
     labels: Tensor  # (N,) int64, ascending
     _points: Tensor  # (N,P) float32 in [0,1]: the images, flat
-    _half_norms: Tensor  # (N,) float32: ||p||^2 / 2
+    _offsets: Tensor  # (N,) float32: ||p||^2 / 2
 
     chunk_size = 64  # images a matrix product
-    candidates = 4  # nearest by the product's rounding, compared exactly
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class NearestNeighbor(nn.Module):
         self.register_buffer("labels", labels[order].long())
         points = self.images.flatten(1).float() / 255
         self.register_buffer("_points", points, persistent=False)
-        self.register_buffer("_half_norms", points.double().square().sum(1).div(2).float(), persistent=False)
+        self.register_buffer("_offsets", offsets_of(points), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, channels=self.images.shape[1], size=self.images.shape[-1])
@@ -131,28 +132,20 @@ class NearestNeighbor(nn.Module):
         check_images(images, channels=self.images.shape[1], size=self.images.shape[-1])
         return torch.cat([self._nearest(chunk) for chunk in torch.split(images.flatten(1), self.chunk_size)])
 
-    @torch.no_grad()
-    def _nearest(self, queries: Tensor) -> Tensor:
-        """Queries (B,P) -> (B,K) indices of the nearest point of each class."""
-        # ||x - p||^2 / 2 up to the constant ||x||^2 / 2
-        scores = torch.addmm(self._half_norms, queries, self._points.T, alpha=-1)  # (B,N)
-        found, start = [], 0
-        for class_scores in torch.split(scores, self.class_counts, dim=1):
-            count = min(self.candidates, class_scores.shape[1])
-            indices = class_scores.topk(count, largest=False).indices.sort().values + start  # (B,M), ties: the first
-            distances = self._distances(queries, indices)
-            found.append(indices.gather(1, distances.argmin(1, keepdim=True)))
-            start += class_scores.shape[1]
-        return torch.cat(found, dim=1)
+    def prototypes(self) -> Prototypes:
+        """What ``absynth.certificates`` needs: every training image, without cost."""
+        # the last step rounds a distance to float32: what is that close may come out equal, and a tie counts as broken
+        rounding = 2.0**-21 * self._points.shape[1]
+        slack = rounding_slack(self._points, self._offsets) + rounding
+        return Prototypes(self._points, self._offsets.new_zeros(len(self._offsets)), self.labels, slack)
 
-    def _distances(self, queries: Tensor, indices: Tensor) -> Tensor:
-        """Queries (B,P), indices (B,M) -> exact L2 distances (B,M), float64."""
-        differences = queries[:, None].double() - self._points[indices].double()  # (B,M,P)
-        distances: Tensor = torch.linalg.vector_norm(differences, dim=2)
-        return distances
+    def _nearest(self, queries: Tensor) -> Tensor:
+        return nearest_of_each_class(queries, self._points, self._offsets, self.class_counts)
 
     def _logits(self, queries: Tensor) -> Tensor:
-        return -self._distances(queries, self._nearest(queries)).to(queries.dtype)
+        apart = differences(queries, self._points, self._nearest(queries))  # (B,P), (B,K) -> (B,K,P)
+        logits: Tensor = -torch.linalg.vector_norm(apart, dim=2).to(queries.dtype)
+        return logits
 
 
 class MadryCNN(nn.Module):

@@ -41,82 +41,17 @@ class Analysis:
         return self.energies.argmin(1)
 
 
-class ABS(nn.Module):
-    """Analysis by synthesis: an image belongs to the class whose generative model explains it best.
+class Calibrated(nn.Module):
+    """A classifier whose logits are minus energies, with the posterior of the paper.
 
-    float32 images (B,C,S,S) in [0,1] -> logits (B,K) = -E_c(x). Raises InputError for anything else. A pure function
-    of each image: neither the rest of the batch, nor earlier calls, nor global random state enter (up to rounding,
-    1e-5 in the logits of classes that compete). The gradient is exact, by the envelope theorem: dE_c/dx is
-    2 (t(x) - G_c(z*)) / N at the minimum z*, and no back-propagation through the search is needed.
+        p(c|x) = (exp(-alpha E_c) + eta) / sum_k (exp(-alpha E_k) + eta)
 
-    With the default schedule, ``forward`` stops at classes that are out of the running (``Schedule.slack``); their
-    logits are those of the best explanation found so far. ``analyze`` goes on with them; for the classes that stayed in
-    the running both agree.
-
-    ``candidates`` (K,M,D) are the latents that a search starts from. ``response`` is applied to the pixels first,
-    ``scales`` (K,) multiplies the energies (the gamma of Binary ABS), ``alpha`` and ``eta`` calibrate the posterior
-
-        p(c|x) = (exp(-alpha E_c) + eta) / sum_k (exp(-alpha E_k) + eta).
-
-    ``refusal``: below this probability of the likeliest class, nothing explains the image (``refuses``).
+    ``refusal``: below this probability of the likeliest class, nothing explains the image.
     """
 
-    candidates: Tensor
-    scales: Tensor
-
-    def __init__(
-        self,
-        decoders: Iterable[nn.Module],
-        candidates: Tensor,
-        *,
-        response: nn.Module | None = None,
-        scales: Tensor | None = None,
-        alpha: float = 440.0,
-        eta: float = 0.000039,
-        beta: float = 1.0,
-        refusal: float = 0.25,
-        schedule: Schedule = DEFAULT,
-    ) -> None:
+    def __init__(self, alpha: float, eta: float, refusal: float) -> None:
         super().__init__()
-        self.decoders = nn.ModuleList(decoders)
-        if len(self.decoders) < 2 or candidates.ndim != 3 or len(candidates) != len(self.decoders):
-            raise InputError(
-                f"{len(self.decoders)} decoders and candidates of shape {tuple(candidates.shape)}: "
-                "expected at least 2 decoders and candidates (K,M,D), one row a decoder"
-            )
-        self.response = response or Identity()
-        self.alpha, self.eta, self.beta, self.refusal, self.schedule = alpha, eta, beta, refusal, schedule
-        self.register_buffer("candidates", candidates)
-        self.register_buffer("scales", torch.ones(len(self.decoders)) if scales is None else scales)
-        self._prepare()
-        self.register_load_state_dict_post_hook(lambda model, _keys: model._prepare())  # type: ignore[no-untyped-call]
-        self.eval().requires_grad_(False)
-
-    def _prepare(self) -> None:
-        """Derive the fast forms of the decoders and the decoded candidates from the weights."""
-        self._folded = nn.ModuleList(FoldedDecoder(decoder) for decoder in self.decoders)  # type: ignore[arg-type]
-        self._starts = nn.ModuleList(
-            Candidates(decoder, latents, self.beta)  # type: ignore[arg-type]
-            for decoder, latents in zip(self._folded, self.candidates, strict=True)
-        )
-
-    @property
-    def image_shape(self) -> tuple[int, int]:
-        """(C, S): channels and pixels a side."""
-        folded: Any = self._folded[0]
-        return folded.channels, 4 * folded.side + 12
-
-    def train(self, mode: bool = True) -> ABS:
-        """Stays in eval mode: batch norm is folded into the decoders."""
-        return super().train(False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        self._check(images)
-        seen = self.response(images)
-        logits: Tensor = torch.cat(
-            [_NegativeEnergies.apply(to_blocks(chunk), self) for chunk in seen.split(IMAGE_CHUNK)]  # type: ignore[no-untyped-call]
-        )
-        return logits
+        self.alpha, self.eta, self.refusal = alpha, eta, refusal
 
     def probabilities(self, images: Tensor) -> Tensor:
         """The calibrated posterior (B,K) of images (B,C,S,S); differentiable."""
@@ -131,10 +66,85 @@ class ABS(nn.Module):
         """Where (B,) nothing explains the image: the likeliest class stays below ``refusal``."""
         return probabilities.amax(1) < self.refusal
 
+
+class ABS(Calibrated):
+    """Analysis by synthesis: an image belongs to the class whose generative model explains it best.
+
+    float32 images (B,C,S,S) in [0,1] -> logits (B,K) = -E_c(x). Raises InputError for anything else. A pure function
+    of each image: neither the rest of the batch, nor earlier calls, nor global random state enter (up to rounding,
+    1e-5 in the logits of classes that compete). The gradient is exact, by the envelope theorem: dE_c/dx is
+    2 (t(x) - G_c(z*)) / N at the minimum z*, and no back-propagation through the search is needed.
+
+    With the default schedule, ``forward`` stops at classes that are out of the running (``Schedule.slack``); their
+    logits are those of the best explanation found so far. ``analyze`` goes on with them; for the classes that stayed in
+    the running both agree.
+
+    ``candidates`` (K,M,D) are the latents that a search starts from. ``response`` is applied to the pixels first,
+    ``scales`` (K,) multiplies the energies (the gamma of Binary ABS); the rest: ``Calibrated``.
+    """
+
+    candidates: Tensor
+    scales: Tensor
+    folded: Any  # K FoldedDecoders
+    starts: Any  # K Candidates
+
+    def __init__(
+        self,
+        decoders: Iterable[nn.Module],
+        candidates: Tensor,
+        *,
+        response: nn.Module | None = None,
+        scales: Tensor | None = None,
+        alpha: float = 440.0,
+        eta: float = 0.000039,
+        beta: float = 1.0,
+        refusal: float = 0.25,
+        schedule: Schedule = DEFAULT,
+    ) -> None:
+        super().__init__(alpha, eta, refusal)
+        self.decoders = nn.ModuleList(decoders)
+        if len(self.decoders) < 2 or candidates.ndim != 3 or len(candidates) != len(self.decoders):
+            raise InputError(
+                f"{len(self.decoders)} decoders and candidates of shape {tuple(candidates.shape)}: "
+                "expected at least 2 decoders and candidates (K,M,D), one row a decoder"
+            )
+        self.response = response or Identity()
+        self.beta, self.schedule = beta, schedule
+        self.register_buffer("candidates", candidates)
+        self.register_buffer("scales", torch.ones(len(self.decoders)) if scales is None else scales)
+        self._prepare()
+        self.register_load_state_dict_post_hook(lambda model, _keys: model._prepare())  # type: ignore[no-untyped-call]
+        self.eval().requires_grad_(False)
+
+    def _prepare(self) -> None:
+        """Derive the fast forms of the decoders and the decoded candidates from the weights."""
+        self.folded = nn.ModuleList(FoldedDecoder(decoder) for decoder in self.decoders)  # type: ignore[arg-type]
+        self.starts = nn.ModuleList(
+            Candidates(decoder, latents, self.beta)
+            for decoder, latents in zip(self.folded, self.candidates, strict=True)
+        )
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(C, S): channels and pixels a side."""
+        return self.folded[0].channels, 4 * self.folded[0].side + 12
+
+    def train(self, mode: bool = True) -> ABS:
+        """Stays in eval mode: batch norm is folded into the decoders."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.check(images)
+        seen = self.response(images)
+        logits: Tensor = torch.cat(
+            [_NegativeEnergies.apply(to_blocks(chunk), self) for chunk in seen.split(IMAGE_CHUNK)]  # type: ignore[no-untyped-call]
+        )
+        return logits
+
     @torch.no_grad()
     def analyze(self, images: Tensor, *, schedule: Schedule | None = None) -> Analysis:
         """Images (B,C,S,S) -> how every class explains them; ``schedule`` overrides the classifier's own."""
-        self._check(images)
+        self.check(images)
         parts = [self._find(to_blocks(chunk), False, schedule) for chunk in self.response(images).split(IMAGE_CHUNK)]
         energies = torch.cat([self._normalized(part) for part in parts])
         return Analysis(
@@ -144,14 +154,15 @@ class ABS(nn.Module):
             probabilities=self.posterior(-energies),
         )
 
-    def _check(self, images: Tensor) -> None:
+    def check(self, images: Tensor) -> None:
+        """Raise InputError for images that are none for this model."""
         channels, size = self.image_shape
         check_images(images, channels=channels, size=size)
 
     def _find(self, blocks: Tensor, label_only: bool, schedule: Schedule | None = None) -> Found:
         return analyze(
-            self._folded,  # type: ignore[arg-type]
-            self._starts,  # type: ignore[arg-type]
+            self.folded,
+            self.starts,
             blocks,
             schedule or self.schedule,
             beta=self.beta,

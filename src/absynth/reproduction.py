@@ -9,7 +9,19 @@ from pathlib import Path
 from absynth import data, zoo
 from absynth.clean import load_any
 from absynth.errors import InputError
-from absynth.evaluation import Distal, Progress, Summary, Verification, distal, evaluate, save_distal, summarize, verify
+from absynth.evaluation import (
+    Certified,
+    Distal,
+    Progress,
+    Summary,
+    Verification,
+    certify,
+    distal,
+    evaluate,
+    save_distal,
+    summarize,
+    verify,
+)
 from absynth.evaluation.ledger import Ledger, ledger_folders
 from absynth.evaluation.reporting import Report, report
 from absynth.inventory import describe_model
@@ -53,6 +65,26 @@ def evaluate_models(
             progress=tell, name=name, root=root,
         )  # fmt: skip
     return summarize(out)
+
+
+def certify_model(
+    model: str,
+    dataset: str | Path = "mnist",
+    *,
+    norms: Sequence[str] = ("l0", "l1", "l2", "linf"),
+    images: int = 1000,
+    out: str | Path = "runs/certificates",
+    radius: float | None = None,
+    weights: str | Path | None = None,
+    root: str | Path | None = None,
+    progress: Told | None = None,
+) -> dict[str, Certified]:
+    """``absynth.evaluation.certify`` for a model by name, in the folder that its attacks go into."""
+    classifier = load_any(model, weights=weights, root=root)
+    return certify(
+        classifier, dataset, norms=norms, images=images, out=run_folder(out, model), radius=radius, name=model,
+        root=root, progress=progress,
+    )  # fmt: skip
 
 
 def run_folder(out: str | Path, model: str) -> Path:

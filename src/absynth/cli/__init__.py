@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from absynth import __version__
-from absynth.cli.evaluation import attacks, distal, evaluate, reproduce
+from absynth.cli.evaluation import attacks, certify, distal, evaluate, reproduce
 from absynth.cli.models import data, models, train
 from absynth.cli.output import Stopped, note
 from absynth.cli.pictures import classify
@@ -65,6 +65,7 @@ app.command()(train)
 app.command()(classify)
 app.command()(evaluate)
 app.command()(attacks)
+app.command()(certify)
 app.command()(report)
 app.command()(verify)
 app.command()(merge)

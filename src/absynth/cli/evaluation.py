@@ -1,4 +1,4 @@
-"""The commands that measure and attack models: ``evaluate``, ``attacks``, ``distal``, ``reproduce``."""
+"""The commands that measure, attack and certify: ``evaluate``, ``attacks``, ``certify``, ``distal``, ``reproduce``."""
 
 from __future__ import annotations
 
@@ -87,6 +87,53 @@ def evaluate(
     else:
         _show_attacked(summary)
         print(f"the rows are in {out}: absynth report {out}, absynth verify {out}")
+
+
+def certify(
+    model: Annotated[
+        str, typer.Option(help="prototype-abs, nearest-neighbor, a weight file, or package.module:factory.")
+    ] = "prototype-abs",
+    norm: Annotated[
+        list[str] | None, typer.Option("--norm", help="l0, l1, l2 or linf. Repeatable. Default: all four.")
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many of the first test images.")] = 1000,
+    radius: Annotated[
+        float | None, typer.Option(help="Where to take the certified accuracy. Default: the paper's thresholds.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Run folder; the same command goes on there.")] = Path("runs/certificates"),
+    data: Data = "mnist",
+    weights: Weights = None,
+    root: Root = None,
+    json: Json = False,
+) -> None:
+    """Prove radii within which no image gets another label."""
+    from absynth.reproduction import certify_model
+
+    with kept(_goes_on(out)), progress("certifying") as report:
+        found = certify_model(
+            model, data, norms=norm or ("l0", "l1", "l2", "linf"), images=images, out=out, radius=radius,
+            weights=weights, root=root, progress=report,
+        )  # fmt: skip
+    if json:
+        cells = {name: one.to_json() for name, one in found.items()}
+        # one norm, as a script asks for it: its figures at the top
+        emit({"model": model, **(next(iter(cells.values())) if len(cells) == 1 else {"norms": cells})})
+        return
+    rows = [
+        (
+            name,
+            percent(one.clean_accuracy),
+            f"{one.radius:g}",
+            f"{percent(one.certified_accuracy)} ({' – '.join(percent(bound, 1) for bound in one.interval)})",
+            f"{one.mean_radius:.3f}",
+            f"{one.median_radius:.3f}",
+            str(one.images),
+        )
+        for name, one in found.items()
+    ]
+    columns = ("norm", "clean", "at", "certified there (95 %)", "mean radius", "median radius", "images")
+    table(columns, rows, right=columns[1:])
+    print(f"every radius is in {out}: absynth report {out}, absynth verify {out}")
 
 
 def distal(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from absynth.evaluation.certify import Certified, certify
 from absynth.evaluation.compare import Difference, compare
 from absynth.evaluation.distal import Distal, distal, load_distal, save_distal
 from absynth.evaluation.ledger import Ledger, merge_ledgers
@@ -29,6 +30,7 @@ __all__ = [
     "THRESHOLDS",
     "Cell",
     "Certificate",
+    "Certified",
     "CleanRow",
     "Difference",
     "Distal",
@@ -43,6 +45,7 @@ __all__ = [
     "Row",
     "Summary",
     "Verification",
+    "certify",
     "compare",
     "distal",
     "evaluate",

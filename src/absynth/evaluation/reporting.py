@@ -276,8 +276,8 @@ def _certificate_rows(summary: Summary) -> Iterable[dict[str, Any]]:
             key = certificate.norm, certificate.method, certificate.kind
             groups.setdefault(key, []).append(certificate.radius)
         for (norm, method, kind), radii in groups.items():
-            # The guarantee covers every image within the radius, so the threshold itself is certified too.
-            certified = sum(radius >= THRESHOLDS[norm] for radius in radii)
+            # The guarantee is for distances below the radius, and a distance equal to the threshold breaks an image.
+            certified = sum(radius > THRESHOLDS[norm] for radius in radii)
             interval = _percents(wilson_interval(certified, len(radii)))
             yield {
                 "model": figures.display_name(model.name),

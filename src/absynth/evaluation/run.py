@@ -65,7 +65,7 @@ def evaluate(
     """
     label = name or (model if isinstance(model, str) else type(model).__name__)
     classifier = load_model(model) if isinstance(model, str) else model
-    pictures, labels, data_name, split = _load(data, split, root)
+    pictures, labels, data_name, split = load_split(data, split, root)
     plan = Plan(
         model=label,
         model_digest=model_digest(classifier),
@@ -156,9 +156,10 @@ def prepare(plan: Plan, classifier: Classifier, images: Tensor, labels: Tensor, 
         ledger.add_clean(rows)
 
 
-def _load(
+def load_split(
     data: str | Path | tuple[Tensor, Tensor], split: str, root: str | Path | None
 ) -> tuple[Tensor, Tensor, str, str]:
+    """Images, labels, the name of the data and of the split. Raises InputError for tensors that do not fit."""
     if not isinstance(data, tuple):
         pictures, labels = datasets.load(data, split, root)
         return pictures, labels, str(data), split

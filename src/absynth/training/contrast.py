@@ -51,7 +51,7 @@ class ContrastConfig:
     learning_rate: float = 1e-3
     latent_rate: float = 0.5
     refresh_steps: int = 0  # Levenberg-Marquardt steps on the latents of hard pairs at the start of each round
-    easy_share: float = 1.0  # share of the pairs that are not hard which a round visits
+    easy_share: float = 1.0  # share of the rivals that are not hard which a round visits; own images it visits all
     seed: int = 0
 
     @property
@@ -143,7 +143,7 @@ def train_round(
     hard = torch.where(pairs.own, pairs.others - pairs.energies, pairs.energies - pairs.others) < config.hard
     if config.refresh_steps:
         _refresh(decoder, pairs, hard.nonzero()[:, 0], images, config.refresh_steps, beta)
-    visited = hard | (torch.rand(len(hard), generator=generator) < config.easy_share)
+    visited = pairs.own | hard | (torch.rand(len(hard), generator=generator) < config.easy_share)
     shuffled = torch.randperm(len(hard), generator=generator)
     order = shuffled[visited[shuffled]].split(config.batch_size)
     for step, rows in enumerate(order):

@@ -1,0 +1,112 @@
+"""ABS with an exact inner minimum: every class explains images by a finite set of decoded prototypes.
+
+    f_c(x) = min over the class's latents z_i of  ||x - G_c(z_i)||^2 + beta/2 ||z_i||^2,        logit_c = -f_c(x) / N
+
+Where ABS searches a continuum and may miss its minimum, this one compares all there is: classification is one matrix
+product and an argmin, and robustness can be certified (``absynth.certificates``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from absynth.certificates import Prototypes
+from absynth.checks import check_images
+from absynth.classifiers import Analysis, Calibrated
+from absynth.decoding import FoldedDecoder, from_blocks
+from absynth.errors import InputError
+from absynth.nearest import differences, nearest_of_each_class, offsets_of, rounding_slack
+
+CHUNK = 128  # images compared at once: bounds the memory, whatever the batch
+DECODED = 64  # prototypes decoded at once
+
+
+class PrototypeABS(Calibrated):
+    """The class whose nearest prototype explains an image best. Images (B,C,S,S) in [0,1] -> logits (B,K).
+
+    ``latents``: for every class (M_c,D), decoded here by its decoder; ``beta`` is the weight of their prior cost.
+    Raises InputError for other images. A pure function of each image; the gradient is exact wherever the nearest
+    prototype of each class is unique. Memory: 4*N*M bytes for the decoded prototypes.
+    """
+
+    points: Tensor  # (M,N), sorted by class
+    costs: Tensor  # (M,)
+    latents: Tensor  # (M,D)
+    _offsets: Tensor
+
+    def __init__(
+        self,
+        decoders: Iterable[nn.Module],
+        latents: Iterable[Tensor],
+        *,
+        beta: float = 1.0,
+        alpha: float = 440.0,
+        eta: float = 0.000039,
+        refusal: float = 0.25,
+    ) -> None:
+        super().__init__(alpha, eta, refusal)
+        self.beta = beta
+        every = list(latents)
+        folded: list[Any] = [FoldedDecoder(decoder) for decoder in decoders]  # type: ignore[arg-type]
+        if len(folded) < 2 or len(folded) != len(every) or any(len(one) == 0 for one in every):
+            raise InputError(
+                f"{len(folded)} decoders and latents of {len(every)} classes: expected at least 2 decoders, and for "
+                "each a class's latents (M,D), at least one"
+            )
+        self.class_counts = [len(one) for one in every]
+        self.image_shape = folded[0].channels, 4 * folded[0].side + 12
+        with torch.no_grad():
+            decoded = [
+                from_blocks(decoder(chunk), decoder.channels).flatten(1)
+                for decoder, one in zip(folded, every, strict=True)
+                for chunk in one.split(DECODED)
+            ]
+        self.register_buffer("latents", torch.cat(every))
+        self.register_buffer("points", torch.cat(decoded))
+        self.register_buffer("costs", beta / 2 * self.latents.square().sum(1))
+        self.register_buffer("_offsets", offsets_of(self.points, self.costs), persistent=False)
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images, channels=self.image_shape[0], size=self.image_shape[1])
+        return torch.cat([-self._energies(chunk, self._nearest(chunk)) for chunk in images.flatten(1).split(CHUNK)])
+
+    @torch.no_grad()
+    def analyze(self, images: Tensor) -> Analysis:
+        """Images (B,C,S,S) -> how every class explains them: by its nearest prototype."""
+        check_images(images, channels=self.image_shape[0], size=self.image_shape[1])
+        nearest = torch.cat([self._nearest(chunk) for chunk in images.flatten(1).split(CHUNK)])  # (B,K)
+        energies = torch.cat(
+            [self._energies(*pair) for pair in zip(images.flatten(1).split(CHUNK), nearest.split(CHUNK), strict=True)]
+        )
+        return Analysis(
+            energies=energies,
+            latents=self.latents[nearest],
+            reconstructions=self.points[nearest].unflatten(2, images.shape[1:]),
+            probabilities=self.posterior(-energies),
+        )
+
+    def prototypes(self) -> Prototypes:
+        """What ``absynth.certificates`` needs."""
+        counts = torch.tensor(self.class_counts, device=self.points.device)
+        labels = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+        # the last step rounds f / N to float32: what is that close may come out equal, and a tie counts as broken
+        pixels = self.points.shape[1]
+        rounding = 2.0**-22 * (pixels + float(self.costs.max()))
+        return Prototypes(self.points, self.costs, labels, rounding_slack(self.points, self._offsets) + rounding)
+
+    def _nearest(self, queries: Tensor) -> Tensor:
+        return nearest_of_each_class(queries, self.points, self._offsets, self.class_counts)
+
+    def _energies(self, queries: Tensor, nearest: Tensor) -> Tensor:
+        """Queries (B,N) and the nearest prototypes (B,K) -> f / N, (B,K)."""
+        apart = differences(queries, self.points, nearest)  # (B,K,N)
+        energies = apart.square().sum(2) + self.costs[nearest].double()
+        return (energies / queries.shape[1]).to(queries.dtype)
+
+    def extra_repr(self) -> str:
+        return f"prototypes={self.class_counts}, beta={self.beta}, alpha={self.alpha}, eta={self.eta}"
