@@ -19,6 +19,7 @@ def write_all(folder: Path, *, refusal: float = 0.0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         _write_abs(folder, refusal)
+        _write_prototype_abs(folder, refusal)
         binary = {"threshold": 0.5, "alpha": 440.0, "eta": 1e-6, "refusal": refusal}
         binary["decoders_digest"] = zoo.read(folder / "abs.safetensors").digest
         write(folder, "binary-abs", {"scales": torch.linspace(0.9, 1.1, 10)}, binary)
@@ -41,6 +42,14 @@ def _write_abs(folder: Path, refusal: float) -> None:
                 tensors[f"{number}.decoder.{name}"] = value
     config = {"classes": 10, "image_size": 28, "channels": 1, "latent_size": 8, "beta": 1.0}
     write(folder, "abs", tensors, {**config, "alpha": 440.0, "eta": 1e-6, "refusal": refusal})
+
+
+def _write_prototype_abs(folder: Path, refusal: float) -> None:
+    """The decoders of the ABS beside it, with five prototypes a class."""
+    file = zoo.read(folder / "abs.safetensors")
+    tensors = {name: value for name, value in file.tensors.items() if ".decoder." in name}
+    tensors |= {f"{number}.latents": torch.randn(5, 8).half() for number in range(10)}
+    write(folder, "prototype-abs", tensors, file.header["config"])
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

@@ -109,11 +109,12 @@ class Certifier:
     """Certificates for one set of prototypes.
 
     ``near``: how many prototypes of the true class, nearest first, may be held against a rival; ``tried``: how many of
-    these, the most promising first, are. More can only raise a radius.
+    these, the most promising first, are, one by one; ``joint``: on how many of the closest rivals, in L2, all ``near``
+    are held at once (0: none). More can only raise a radius.
     """
 
-    def __init__(self, prototypes: Prototypes, *, near: int = 16, tried: int = 4) -> None:
-        self.prototypes, self.near, self.tried = prototypes, near, tried
+    def __init__(self, prototypes: Prototypes, *, near: int = 16, tried: int = 4, joint: int = 24) -> None:
+        self.prototypes, self.near, self.tried, self.joint = prototypes, near, tried, joint
         self.squares = prototypes.points.square().sum(1)  # (M,)
         order = prototypes.labels
         if bool((order[1:] < order[:-1]).any()):
@@ -150,7 +151,7 @@ class Certifier:
         radii = {}
         for norm, bounds in _screen(planes, threshold, norms).items():
             bounds[first:last] = torch.inf  # the true class's own
-            radius = _smallest(planes, norm, bounds * (1 - SCREENING))
+            radius = _smallest(planes, norm, bounds * (1 - SCREENING), self.joint if norm == "l2" else 0)
             radii[norm] = radius if norm == "l0" else radius * (1 - MARGIN)
         return radii
 
@@ -168,10 +169,10 @@ class _Planes:
         self.exact = image.double()
         self.box = Box(1 - self.exact, self.exact)
 
-    def exactly(self, rivals: Tensor) -> tuple[Tensor, Tensor]:
-        """Rivals (r,) -> slopes (r,t,N) and thresholds (r,t), float64, one for each of their ``best``."""
+    def exactly(self, rivals: Tensor, against: Tensor) -> tuple[Tensor, Tensor]:
+        """Rivals (r,), and indices into ``own`` (r,t) -> slopes (r,t,N) and thresholds (r,t), float64."""
         points, costs = self.prototypes.points, self.prototypes.costs.double()
-        chosen = self.own[self.best[rivals]]  # (r,t)
+        chosen = self.own[against]  # (r,t)
         theirs, ours = points[rivals].double()[:, None], points[chosen].double()
         theirs_f = (self.exact - theirs).square().sum(2) + costs[rivals, None]  # (r,1)
         ours_f = (self.exact - ours).square().sum(2) + costs[chosen]  # (r,t)
@@ -206,20 +207,62 @@ def _screen(planes: _Planes, thresholds: Tensor, norms: Iterable[str]) -> dict[s
     return bounds
 
 
-def _smallest(planes: _Planes, norm: str, bounds: Tensor) -> float:
-    """The smallest radius over all rivals: those with the lowest quick bounds are measured until none can be lower."""
+def _smallest(planes: _Planes, norm: str, bounds: Tensor, joint: int) -> float:
+    """The smallest radius over all rivals: those with the lowest quick bounds are measured until none can be lower.
+
+    ``joint`` of the lowest are then measured again, against all planes at once.
+    """
     if norm == "l0":
         bounds = bounds.ceil()
-    order = bounds.argsort()
-    smallest = math.inf
+    bounds = bounds.double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # 0 / 0: the same prototype
+    order = bounds.argsort()[: int((bounds < math.inf).sum())]
+    smallest, measured = math.inf, 0
     for rivals in order.split(CHUNK):
         if not float(bounds[rivals[0]]) < smallest:
             break
-        slopes, thresholds = planes.exactly(rivals)  # (r,t,N), (r,t)
+        slopes, thresholds = planes.exactly(rivals, planes.best[rivals])  # (r,t,N), (r,t)
         radii = least_norm(slopes.flatten(0, 1), thresholds.flatten(), planes.box, norm)
-        radii = radii.view(thresholds.shape).amax(1)  # the best of the planes: all of them must be passed
-        smallest = min(smallest, float(radii[torch.isfinite(bounds[rivals])].min()))
-    return smallest
+        bounds[rivals] = radii.view(thresholds.shape).amax(1)  # the best of the planes: all of them must be passed
+        smallest = min(smallest, float(bounds[rivals].min()))
+        measured += len(rivals)
+    if not joint or smallest == 0 or math.isinf(smallest):
+        return smallest
+    # what has not been measured keeps its quick bound, which is no lower than the smallest
+    lowest = bounds.topk(min(joint + 1, len(order)), largest=False).indices
+    if len(lowest) > joint:
+        lowest, next_one = lowest[:joint], float(bounds[lowest[joint]])
+    else:
+        next_one = math.inf
+    every = torch.arange(len(planes.own), device=lowest.device).expand(len(lowest), -1)
+    together = torch.maximum(least_l2_joint(*planes.exactly(lowest, every), planes.box), bounds[lowest])
+    return min(float(together.min()), next_one)
+
+
+def least_l2_joint(slopes: Tensor, thresholds: Tensor, box: Box, steps: int = 60) -> Tensor:
+    """A lower bound (R,) of the least L2 norm of a d in the box that passes several planes (R,T,N), (R,T) at once.
+
+    The Lagrange dual, max over m >= 0 of m . b - max over d in the box of (m A) . d - ||d||^2 / 2, by accelerated
+    projected gradient steps. Its value is a lower bound at every m >= 0; the best one found is taken.
+    """
+    product = slopes @ slopes.mT  # (R,T,T)
+    rate = 1 / product.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp(
+        min=1e-300
+    )  # below 1 / the largest eigenvalue
+    rate = torch.maximum(rate, 0.99 / product.abs().sum(2).amax(1, keepdim=True).clamp(min=1e-300))
+    multipliers = torch.zeros_like(thresholds)
+    ahead, best, momentum = multipliers, torch.zeros(len(slopes), dtype=slopes.dtype, device=slopes.device), 1.0
+    for _ in range(steps):
+        pull = (ahead[:, None] @ slopes)[:, 0]  # (R,N)
+        room = box.room(pull)
+        moved = torch.minimum(pull.abs(), room)
+        best = torch.maximum(best, _dual_l2(pull.abs(), room, (ahead * thresholds).sum(1)))
+        passed = (slopes @ (pull.sign() * moved)[:, :, None])[:, :, 0]  # (R,T)
+        stepped = (ahead + rate * (thresholds - passed)).clamp(min=0)
+        momentum, before = (1 + math.sqrt(1 + 4 * momentum**2)) / 2, momentum
+        # `ahead` must stay non-negative: only then is the dual's value a bound
+        ahead = (stepped + (before - 1) / momentum * (stepped - multipliers)).clamp(min=0)
+        multipliers = stepped
+    return best
 
 
 def least_norm(slopes: Tensor, thresholds: Tensor, box: Box, norm: str) -> Tensor:

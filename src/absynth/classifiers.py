@@ -53,6 +53,15 @@ class Calibrated(nn.Module):
         super().__init__()
         self.alpha, self.eta, self.refusal = alpha, eta, refusal
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(C, S): channels and pixels a side."""
+        raise NotImplementedError
+
+    def analyze(self, images: Tensor) -> Analysis:
+        """Images (B,C,S,S) -> how every class explains them."""
+        raise NotImplementedError
+
     def probabilities(self, images: Tensor) -> Tensor:
         """The calibrated posterior (B,K) of images (B,C,S,S); differentiable."""
         return self.posterior(self(images))

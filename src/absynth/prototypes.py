@@ -58,7 +58,7 @@ class PrototypeABS(Calibrated):
                 "each a class's latents (M,D), at least one"
             )
         self.class_counts = [len(one) for one in every]
-        self.image_shape = folded[0].channels, 4 * folded[0].side + 12
+        self._image_shape = folded[0].channels, 4 * folded[0].side + 12
         with torch.no_grad():
             decoded = [
                 from_blocks(decoder(chunk), decoder.channels).flatten(1)
@@ -70,6 +70,11 @@ class PrototypeABS(Calibrated):
         self.register_buffer("costs", beta / 2 * self.latents.square().sum(1))
         self.register_buffer("_offsets", offsets_of(self.points, self.costs), persistent=False)
         self.eval().requires_grad_(False)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(C, S): channels and pixels a side."""
+        return self._image_shape
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, channels=self.image_shape[0], size=self.image_shape[1])

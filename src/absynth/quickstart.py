@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from absynth import data, zoo
-from absynth.classifiers import ABS
+from absynth.classifiers import ABS, Calibrated
 from absynth.clean import Clean, answers, measure
 from absynth.errors import InputError
 from absynth.inventory import check_writable, describe_model, label_names
@@ -24,7 +24,15 @@ Report = Callable[[int, int, str], None]  # (steps done, steps in all, a line to
 Bar = Callable[[str], AbstractContextManager[Report]]  # a title -> a progress bar
 
 # Of the training steps of the shipped models: enough for 1,100 small digits, in about two minutes on two cores.
-SMALL_EFFORT = {"abs": 0.06, "binary-abs": 0.06, "cnn": 1.0, "binary-cnn": 1.0, "transfer-cnn": 1.0, "madry": 0.5}
+SMALL_EFFORT = {
+    "abs": 0.06,
+    "binary-abs": 0.06,
+    "cnn": 1.0,
+    "binary-cnn": 1.0,
+    "transfer-cnn": 1.0,
+    "madry": 0.5,
+    "prototype-abs": 0.1,
+}
 
 
 @dataclass(frozen=True)
@@ -124,7 +132,7 @@ def _choose(out: Path, root: str | Path | None, bar: Bar, say: Callable[[str], N
 
 def _answers(model: nn.Module, images: Tensor) -> Noise:
     found = torch.cat([answers(model, chunk)[1] for chunk in images.split(64)])
-    refused = model.refuses(found).double().mean().item() if isinstance(model, ABS) else None
+    refused = model.refuses(found).double().mean().item() if isinstance(model, Calibrated) else None
     return Noise(found.amax(1).median().item(), refused)
 
 

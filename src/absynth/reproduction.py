@@ -75,6 +75,7 @@ def certify_model(
     images: int = 1000,
     out: str | Path = "runs/certificates",
     radius: float | None = None,
+    estimates: bool = False,
     weights: str | Path | None = None,
     root: str | Path | None = None,
     progress: Told | None = None,
@@ -82,8 +83,8 @@ def certify_model(
     """``absynth.evaluation.certify`` for a model by name, in the folder that its attacks go into."""
     classifier = load_any(model, weights=weights, root=root)
     return certify(
-        classifier, dataset, norms=norms, images=images, out=run_folder(out, model), radius=radius, name=model,
-        root=root, progress=progress,
+        classifier, dataset, norms=norms, images=images, out=run_folder(out, model), radius=radius,
+        estimates=estimates, name=model, root=root, progress=progress,
     )  # fmt: skip
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from absynth import data, zoo
-from absynth.classifiers import ABS
+from absynth.certificates import HasPrototypes, certified_radii
+from absynth.classifiers import Calibrated
 from absynth.errors import InputError
 from absynth.inventory import check_writable, label_names
 
@@ -23,7 +24,8 @@ class Verdict:
 
     ``likeliest`` is the class of the largest logit, with its ``probability``; ``label`` is the same, or None where
     nothing explains the image. ``probabilities`` and ``energies`` by class name; ``energies`` is None for a model
-    without an analysis. ``explanation``: the figure's file, if one was asked for.
+    without an analysis. ``certified``: radii by norm within which no image gets another label than ``likeliest``; None
+    for a model without certificates. ``explanation``: the figure's file, if one was asked for.
     """
 
     file: str
@@ -33,6 +35,7 @@ class Verdict:
     probabilities: dict[str, float]
     energies: dict[str, float] | None
     explanation: str | None
+    certified: dict[str, float] | None = None
 
 
 def classify_pictures(
@@ -49,18 +52,20 @@ def classify_pictures(
     """
     figures = _figure_files(Path(explain), len(files)) if explain is not None else [None] * len(files)
     classifier = zoo.load(model, folder=weights)
-    if explain is not None and not isinstance(classifier, ABS):
-        raise InputError(f"model {str(model)!r} has no analysis to draw: use abs or binary-abs, or leave out --explain")
+    if explain is not None and not isinstance(classifier, Calibrated):
+        raise InputError(f"model {str(model)!r} has no analysis to draw: use abs, or leave out --explain")
     path = zoo.path_of(model, weights)
     # nearest-neighbor needs no weight file: it is made from the MNIST training images
     header: dict[str, Any] = zoo.read(path).header if path.exists() else {"data": "mnist", "config": {}}
-    size = classifier.image_shape[1] if isinstance(classifier, ABS) else int(header["config"].get("image_size", 28))
+    size = (
+        classifier.image_shape[1] if isinstance(classifier, Calibrated) else int(header["config"].get("image_size", 28))
+    )
     images = torch.stack([data.load_picture(file, size) for file in files])  # (B,1,S,S)
     names: tuple[str, ...] = ()
     found = []
     for file, image, figure in zip(files, images[:, None], figures, strict=True):
         energies = None
-        if isinstance(classifier, ABS):
+        if isinstance(classifier, Calibrated):
             analysis = classifier.analyze(image)
             posterior = analysis.probabilities
             refused = bool(classifier.refuses(posterior))
@@ -71,6 +76,10 @@ def classify_pictures(
                 posterior = classifier(image).softmax(1)
             best = int(posterior.argmax())
             refused = False
+        certified = None
+        if isinstance(classifier, HasPrototypes):
+            radii = certified_radii(classifier, image, torch.tensor([best]))
+            certified = {norm: float(radius) for norm, radius in radii.items()}
         names = names or label_names(str(header["data"]), posterior.shape[1])
         if figure is not None:
             from absynth.figures import explanation  # here: matplotlib takes a second to import
@@ -85,6 +94,7 @@ def classify_pictures(
                 probabilities=dict(zip(names, posterior[0].tolist(), strict=True)),
                 energies=None if energies is None else dict(zip(names, energies, strict=True)),
                 explanation=None if figure is None else str(figure),
+                certified=certified,
             )
         )
     return found

@@ -24,6 +24,7 @@ from absynth.analysis import prior_candidates
 from absynth.baselines import CNN, Binarized, MadryCNN, NearestNeighbor
 from absynth.classifiers import ABS
 from absynth.errors import InputError, unknown_name
+from absynth.prototypes import PrototypeABS
 from absynth.responses import Threshold
 from absynth.vae import Decoder, VAEConfig
 
@@ -37,6 +38,7 @@ DESCRIPTIONS = {
     "transfer-cnn": "a smaller CNN, the source of transfer attacks",
     "nearest-neighbor": "nearest training image of each class in L2",
     "madry": "adversarially trained network (L-infinity 0.3)",
+    "prototype-abs": "ABS with a finite set of explanations: exact and certified",
 }
 
 
@@ -173,6 +175,14 @@ def from_released(path: str | Path, *, binary: bool = False) -> ABS:
 def _abs(file: WeightFile, folder: Path) -> ABS:
     """Tensors "K.decoder.*" of every class K, and "candidates" (K,M,D)."""
     config = file.header["config"]
+    return ABS(
+        _decoders(file), file.tensors["candidates"].float(), alpha=config["alpha"], eta=config["eta"],
+        beta=config["beta"], refusal=config["refusal"],
+    )  # fmt: skip
+
+
+def _decoders(file: WeightFile) -> list[Decoder]:
+    config = file.header["config"]
     sizes = VAEConfig(config["image_size"], config["channels"], config["latent_size"])
     decoders = []
     for number in range(config["classes"]):
@@ -182,10 +192,7 @@ def _abs(file: WeightFile, folder: Path) -> ABS:
         counts = {name: value for name, value in decoder.state_dict().items() if name.endswith("num_batches_tracked")}
         decoder.load_state_dict({**counts, **weights})
         decoders.append(decoder.eval())
-    return ABS(
-        decoders, file.tensors["candidates"].float(), alpha=config["alpha"], eta=config["eta"], beta=config["beta"],
-        refusal=config["refusal"],
-    )  # fmt: skip
+    return decoders
 
 
 def _binary_abs(file: WeightFile, folder: Path) -> ABS:
@@ -200,6 +207,15 @@ def _binary_abs(file: WeightFile, folder: Path) -> ABS:
     return ABS(
         list(plain.decoders), plain.candidates, response=Threshold(config["threshold"]), scales=file.tensors["scales"],
         alpha=config["alpha"], eta=config["eta"], beta=plain.beta, refusal=config["refusal"],
+    )  # fmt: skip
+
+
+def _prototype_abs(file: WeightFile, folder: Path) -> PrototypeABS:
+    """Tensors "K.latents" (M_K,D) of every class K, and its decoders as in ABS weights, "K.decoder.*"."""
+    config = file.header["config"]
+    return PrototypeABS(
+        _decoders(file), [file.tensors[f"{number}.latents"].float() for number in range(config["classes"])],
+        beta=config["beta"], alpha=config["alpha"], eta=config["eta"], refusal=config["refusal"],
     )  # fmt: skip
 
 
@@ -233,4 +249,5 @@ _BUILDERS: dict[str, Callable[[WeightFile, Path], nn.Module]] = {
     "transfer-cnn": _cnn,
     "madry": _madry,
     "nearest-neighbor": _nearest_neighbor,
+    "prototype-abs": _prototype_abs,
 }

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from absynth.verdicts import Verdict
 
 
+_NORMS = {"l0": "L0 (pixels)", "l1": "L1", "l2": "L2", "linf": "L∞"}
+
+
 def classify(
     image: Annotated[list[str], typer.Argument(help="Pictures of any size and color, ink on paper or white on black.")],
     model: Annotated[str, typer.Option(help="A model's name, or a weight file.")] = "abs",
@@ -35,6 +38,9 @@ def classify(
             print(f"{one.file}: {_sentence(one)}")
             if one.energies is not None:
                 print("  energies " + "  ".join(f"{name}: {energy:.4f}" for name, energy in one.energies.items()))
+            if one.certified is not None:
+                radii = ", ".join(f"{_NORMS[norm]} {radius:.3g}" for norm, radius in one.certified.items())
+                print(f"  certified: no image nearer than {radii} gets another label")
     for one in found:
         if one.explanation is not None:
             note(f"explained in {one.explanation}")
@@ -56,4 +62,5 @@ def _document(verdict: Verdict) -> dict[str, object]:
         "probabilities": verdict.probabilities,
         "energies": verdict.energies,
         "explanation": verdict.explanation,
+        "certified": verdict.certified,
     }

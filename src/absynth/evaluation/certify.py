@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from absynth import certificates
 from absynth import data as datasets
+from absynth import estimates as estimated
 from absynth.errors import InputError
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import Plan, image_indices, load_model, model_digest
-from absynth.evaluation.rows import Certificate
+from absynth.evaluation.rows import Certificate, CertificateKind
 from absynth.evaluation.run import check_run, load_split, prepare
 from absynth.evaluation.statistics import wilson_interval
 from absynth.evaluation.summary import THRESHOLDS
@@ -28,13 +29,15 @@ Told = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class Certified:
-    """What is certified of a model in one norm.
+    """What is certified of a model in one norm, or, with ``kind`` "estimate", what a method estimates: no guarantee.
 
     ``certified_accuracy``: the share of images that no perturbation of size ``radius`` or smaller breaks, with its 95 %
     ``interval``. Radii of misclassified images are 0 and count in ``mean_radius`` and ``median_radius``.
     """
 
     norm: str
+    method: str
+    kind: CertificateKind
     radius: float
     images: int
     clean_accuracy: float
@@ -59,11 +62,14 @@ def certify(
     out: str | Path = "runs/certificates",
     radius: float | None = None,
     *,
+    estimates: bool = False,
     name: str | None = None,
     root: str | Path | None = None,
     progress: Told | None = None,
 ) -> dict[str, Certified]:
     """Certify a model's answers on a split's images, by norm; every radius goes into the ledger of ``out``.
+
+    With ``estimates``, what ``absynth.estimates`` says of an ABS model instead, by method, marked as estimates.
 
     ``radius``: where ``certified_accuracy`` is taken (default: the paper's threshold of each norm). A perturbation *of*
     the certified radius may break the image, so an image counts when its radius is larger; in L0, where the radius is
@@ -75,9 +81,10 @@ def certify(
     if radius is not None and not (math.isfinite(radius) and radius >= 0):
         raise InputError(f"radius is {radius}; expected a number that is at least 0, such as 1.5 for l2")
     certificates.check_norms(norms)
+    kind: CertificateKind = "estimate" if estimates else "exact"
     label = name or (model if isinstance(model, str) else type(model).__name__)
     classifier = load_model(model) if isinstance(model, str) else model
-    certificates.check_model(classifier)
+    find, methods = _estimator(classifier, norms) if estimates else _certifier(classifier, norms)
     pictures, labels, data_name, split = load_split(data, split, root)
     plan = Plan(
         model=label,
@@ -93,22 +100,19 @@ def certify(
     with Ledger(out, write=True) as ledger:
         check_run(plan, ledger)
         prepare(plan, classifier, pictures, labels, ledger)
-        known = {(one.image, one.norm) for one in ledger.certificates(plan.model_digest)}
-        left = [index for index in plan.images if any((index, norm) not in known for norm in norms)]
+        known = {(one.image, one.method, one.norm) for one in ledger.certificates(plan.model_digest)}
+        left = [i for i in plan.images if any((i, method, norm) not in known for method, norm in methods.values())]
         done = len(plan.images) - len(left)
-        certifier = certificates.Certifier(classifier.prototypes())  # type: ignore[operator]
         for start in range(0, len(left), BATCH):
             index = left[start : start + BATCH]
             started = time.monotonic()
-            radii = certifier.radii(pictures[index], labels[index], norms)
+            radii = find(pictures[index], labels[index])
             seconds += time.monotonic() - started
             fresh += len(index)
             ledger.add_certificates(
-                Certificate(
-                    plan.model_digest, i, norm, float(radii[norm][row]), certificates.METHOD, "exact", int(labels[i])
-                )
+                Certificate(plan.model_digest, i, norm, float(radii[key][row]), method, kind, int(labels[i]))
                 for row, i in enumerate(index)
-                for norm in norms
+                for key, (method, norm) in methods.items()
             )
             if progress is not None:
                 progress(done + fresh, len(plan.images), f"{seconds / fresh:.3f} s an image")
@@ -117,12 +121,14 @@ def certify(
     clean = sum(not broken[image] for image in plan.images) / len(plan.images)
     wanted = set(plan.images)
     found = {}
-    for norm in norms:
-        values = tuple(one.radius for one in stored if one.norm == norm and one.image in wanted)
+    for key, (method, norm) in methods.items():
+        values = tuple(one.radius for one in stored if (one.method, one.norm) == (method, norm) and one.image in wanted)
         at = THRESHOLDS[norm] if radius is None else radius
         certified = sum(value > at for value in values)
-        found[norm] = Certified(
+        found[key] = Certified(
             norm=norm,
+            method=method,
+            kind=kind,
             radius=at,
             images=len(values),
             clean_accuracy=clean,
@@ -134,3 +140,21 @@ def certify(
             radii=values,
         )
     return found
+
+
+Methods = dict[str, tuple[str, str]]  # by what the result is called: method and norm
+Find = Callable[[Tensor, Tensor], dict[str, Tensor]]  # images (B,C,S,S), labels (B,) -> radii (B,) by the same names
+
+
+def _certifier(model: Any, norms: Sequence[str]) -> tuple[Find, Methods]:
+    certificates.check_model(model)
+    certifier = certificates.Certifier(model.prototypes())
+    methods = {norm: (certificates.METHOD, norm) for norm in norms}
+    return lambda images, labels: certifier.radii(images, labels, norms), methods
+
+
+def _estimator(model: Any, norms: Sequence[str]) -> tuple[Find, Methods]:
+    methods = {method: (method, norm) for method, norm in estimated.NORM_OF.items() if norm in norms}
+    if not methods:
+        raise InputError(f"norms are {', '.join(norms)}; estimates are for l2 and linf: choose among these")
+    return lambda images, labels: estimated.estimated_radii(model, images, labels), methods

@@ -30,8 +30,9 @@ COLORS = {
     "madry": "#d5402b",
     "binary-abs": "#38a9d6",
     "abs": "#3f6fd8",
+    "prototype-abs": "#1b9e77",
 }
-OTHER_COLORS = ("#1b9e77", "#cc79a7", "#8e6bd0", "#66a61e", "#e7298a")
+OTHER_COLORS = ("#cc79a7", "#8e6bd0", "#66a61e", "#e7298a")
 LABELS = {"l0": "L0 (pixels)", "l1": "L1", "l2": "L2", "linf": "L∞"}
 WIDEST = {"l0": 50.0, "l1": 40.0, "l2": 4.0, "linf": 0.5}  # how far the curves are drawn
 _INK = "#0a0b0c"  # stands for the page's text color and is replaced by it in an SVG

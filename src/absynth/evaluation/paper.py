@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-#: The paper's order and names.
+#: The paper's order and names; ours last.
 MODELS: Mapping[str, str] = {
     "cnn": "CNN",
     "binary-cnn": "Binary CNN",
@@ -23,6 +23,7 @@ MODELS: Mapping[str, str] = {
     "madry": "Madry et al.",
     "binary-abs": "Binary ABS",
     "abs": "ABS",
+    "prototype-abs": "Prototype ABS",
 }
 
 
