@@ -103,7 +103,7 @@ def test_contrast_widens_the_gap_and_resumes(
     trained = [train_class(images[labels == number], number, SMALL) for number in (0, 1)]
     decoders = [one.vae.decoder for one in trained]
     starts = torch.stack([choose_candidates(one.latents, 40, 0) for one in trained])
-    config = ContrastConfig(rounds=2, batch_size=8, margin=60.0, temperature=10.0, refresh_steps=1)
+    config = ContrastConfig(rounds=2, batch_size=8, margin=60.0, temperature=10.0)
     sizes = VAEConfig()
 
     def gap(of: list[torch.nn.Module]) -> float:
@@ -114,7 +114,8 @@ def test_contrast_widens_the_gap_and_resumes(
     before = gap(list(decoders))
     whole, own, rival = sharpen(decoders, starts, images, labels, sizes, config, workers=1)
     assert gap(list(whole)) > before + 1
-    assert [len(one) for one in own] == [40, 40] and [len(one) for one in rival] == [40, 40]
+    copies = 3 * 40  # every image and its two copies
+    assert [len(one) for one in own] == [copies] * 2 and [len(one) for one in rival] == [copies] * 2
     assert all(
         torch.equal(d.conv_0.weight, t.vae.decoder.conv_0.weight) for d, t in zip(decoders, trained, strict=True)
     )

@@ -18,10 +18,11 @@ class Augmentation:
     zoom: float = 0.1  # 0.1: between 0.9 and 1.1 times the size
     shear: float = 6.0  # degrees
     shift: float = 1.5  # pixels, in each direction
+    bicubic: bool = False  # keeps strokes crisp, where bilinear interpolation blurs them
 
 
 def augment(images: Tensor, amount: Augmentation, generator: torch.Generator) -> Tensor:
-    """Images (B,C,S,S) in [0,1] -> the same images moved, (B,C,S,S) in [0,1], bilinear, black beyond the border.
+    """Images (B,C,S,S) in [0,1] -> the same images moved, (B,C,S,S) in [0,1], black beyond the border.
 
     Draws from ``generator`` (on the CPU) alone, so that the same state gives the same images.
     """
@@ -35,4 +36,5 @@ def augment(images: Tensor, amount: Augmentation, generator: torch.Generator) ->
     cosine, sine = angle.cos() * scale, angle.sin() * scale
     rows = torch.stack([cosine, shear * cosine - sine, shift[:, 0], sine, shear * sine + cosine, shift[:, 1]], dim=1)
     grid = F.affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)  # (B,2,3) -> (B,S,S,2)
-    return F.grid_sample(images, grid, align_corners=False).clamp(0, 1)  # rounding can pass 1 by 1e-7
+    mode = "bicubic" if amount.bicubic else "bilinear"
+    return F.grid_sample(images, grid, mode=mode, align_corners=False).clamp(0, 1)  # bicubic overshoots, rounding too

@@ -9,6 +9,9 @@ of class y and rival c, the loss
 is descended in the decoders' weights. By the envelope theorem its gradient needs no derivative of the minimizing
 latents: these are kept for every pair of image and class, and follow the decoders by preconditioned gradient steps.
 
+Latents kept per image would let a decoder learn its training images by heart (LOG.md): so each image comes with
+slightly moved copies, which count as images of their own.
+
 No adversarial image is used. Within a round a class needs of the others only the energies of the round before, so
 classes train side by side. Batch norm stays in eval mode: the decoder is the one the analysis will use.
 """
@@ -20,7 +23,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from absynth.analysis import Candidates, Schedule, analyze
+from absynth.analysis import Candidates
 from absynth.data import digest
 from absynth.decoding import FoldedDecoder, to_blocks
+from absynth.training.augment import Augmentation, augment
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.processes import children_ignore_interrupts, end_with_parent
 from absynth.vae import Decoder, VAEConfig
@@ -42,16 +46,19 @@ Progress = Callable[[int, int, str], None]
 class ContrastConfig:
     """``rounds`` passes over all pairs; ``margin`` and ``temperature`` in units of un-normalized energy."""
 
-    rounds: int = 6
+    rounds: int = 5
+    copies: int = 2  # of every image, beside the image itself
+    augmentation: Augmentation = field(
+        default_factory=lambda: Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.5, bicubic=True)
+    )
     rivals: int = 2  # classes an image is contrasted with: those with the best candidates
     margin: float = 10.0
     temperature: float = 4.0
-    weight: float = 1.0
+    weight: float = 2.0
     batch_size: int = 32
     learning_rate: float = 1e-3
     latent_rate: float = 0.5
-    refresh_steps: int = 0  # Levenberg-Marquardt steps on the latents of hard pairs at the start of each round
-    easy_share: float = 1.0  # share of the rivals that are not hard which a round visits; own images it visits all
+    easy_share: float = 0.25  # share of the rivals that are not hard which a round visits; own images it visits all
     seed: int = 0
 
     @property
@@ -70,6 +77,15 @@ class Pairs:
     curvature: Tensor  # (P,D,D): inverse Gauss-Newton matrices of the candidates they started from
     energies: Tensor  # (P,) of this class, at the last visit
     others: Tensor  # (P,) of the class to be compared with: the true class for a rival, the best rival for its own
+
+
+def with_copies(images: Tensor, labels: Tensor, config: ContrastConfig) -> tuple[Tensor, Tensor]:
+    """Images (N,C,S,S) and labels (N,), followed by ``copies`` moved copies of all of them."""
+    generator = torch.Generator().manual_seed(config.seed)
+    moved = [
+        augment(chunk, config.augmentation, generator) for _ in range(config.copies) for chunk in images.split(1000)
+    ]
+    return torch.cat([images, *moved]), labels.repeat(1 + config.copies)
 
 
 @torch.no_grad()
@@ -138,11 +154,10 @@ def train_round(
 ) -> None:
     """One pass of one class over its pairs, in place: the decoder's weights, the latents, the energies."""
     decoder.eval().requires_grad_(True)
+    decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
     optimizer = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed((config.seed * 1000 + number) * 1000 + round_number)
     hard = torch.where(pairs.own, pairs.others - pairs.energies, pairs.energies - pairs.others) < config.hard
-    if config.refresh_steps:
-        _refresh(decoder, pairs, hard.nonzero()[:, 0], images, config.refresh_steps, beta)
     visited = pairs.own | hard | (torch.rand(len(hard), generator=generator) < config.easy_share)
     shuffled = torch.randperm(len(hard), generator=generator)
     order = shuffled[visited[shuffled]].split(config.batch_size)
@@ -156,29 +171,18 @@ def train_round(
         energies = squared_error + beta / 2 * latents.square().sum(1)
         own, others = pairs.own[rows], pairs.others[rows]
         gaps = torch.where(own, others - energies.detach(), energies.detach() - others)  # rival minus true
-        push = config.weight * torch.sigmoid((config.margin - gaps) / config.temperature)
+        push = config.weight * torch.sigmoid((config.margin - gaps) / config.temperature).clamp(min=1e-6)
         signs = torch.where(own, 1.0 + push, -push)  # the loss's derivative by this energy
-        (gradient,) = torch.autograd.grad(energies.sum(), latents, retain_graph=True)
         optimizer.zero_grad()
         torch.autograd.backward((signs * energies).sum() / len(rows))
         optimizer.step()
+        assert latents.grad is not None
+        gradient = latents.grad * (len(rows) / signs[:, None])  # of the energy alone: one backward pass does for both
         # half the gradient, times the inverse of half the Hessian: a Newton step at latent_rate 1
         newton = (pairs.curvature[rows] @ (gradient / 2)[:, :, None])[:, :, 0]
         pairs.latents[rows] = latents.detach() - config.latent_rate * newton
         pairs.energies[rows] = energies.detach()
     decoder.requires_grad_(False)
-
-
-def _refresh(decoder: Decoder, pairs: Pairs, rows: Tensor, images: Tensor, steps: int, beta: float) -> None:
-    """Bring the latents of these pairs to the minimum of their energies, and their curvatures with them."""
-    folded = FoldedDecoder(decoder)
-    for chunk in rows.split(512):
-        found = analyze(
-            [folded], [], to_blocks(images[pairs.images[chunk]]), Schedule(steps=steps), beta=beta,
-            starts=pairs.latents[chunk][:, None],
-        )  # fmt: skip
-        pairs.latents[chunk], pairs.energies[chunk] = found.latents[:, 0], found.energies[:, 0]
-        pairs.curvature[chunk] = _inverse_curvatures(folded, found.latents[:, 0], beta)
 
 
 def sharpen(
@@ -194,7 +198,8 @@ def sharpen(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Decoder], list[Tensor], list[Tensor]]:
-    """Run all rounds: the new decoders and, for every class, the latents (P,D) of its own images and of its rivals'.
+    """Run all rounds: the new decoders and, for every class, the latents (P,D) of its own images and of its rivals',
+    copies included.
 
     ``checkpoint`` names a file written after each round and continued from; resumed and uninterrupted runs end in the
     same weights. Raises InputError for a checkpoint of another configuration, of other decoders or of other data.
@@ -205,6 +210,7 @@ def sharpen(
         "model": "contrast", "config": asdict(config),
         "data_digest": digest(images, labels, candidates, *(t for d in decoders for t in d.state_dict().values())),
     }  # fmt: skip
+    images, labels = with_copies(images, labels, config)
     weights = [decoder.state_dict() for decoder in decoders]
     saved = load_checkpoint(checkpoint, expect=identity) if checkpoint is not None else None
     if saved is None:

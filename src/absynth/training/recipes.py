@@ -18,21 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from absynth import data, zoo
+from absynth.analysis import analyze
 from absynth.classifiers import ABS
+from absynth.decoding import to_blocks
 from absynth.errors import InputError, unknown_name
+from absynth.prototypes import PrototypeABS
 from absynth.responses import Threshold
+from absynth.training.augment import Augmentation
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
 from absynth.training.contrast import ContrastConfig, sharpen
 from absynth.training.generative import GenerativeConfig, train_classes
+from absynth.training.prototypes import PrototypeConfig, train_prototypes
 from absynth.vae import Decoder, VAEConfig
 
 CANDIDATES = 1000  # latents a class from which every search starts
-# A first cycle over all pairs; a second from fresh candidates, for the pairs that are still close.
+CLUSTERED = 12_000  # latents they are chosen from
+# Cycles, each from fresh candidates and with fresh copies of the images; the later ones sharpen the close pairs.
 CONTRAST = (
     ContrastConfig(),
-    ContrastConfig(rounds=5, margin=8.0, temperature=3.0, weight=5.0, refresh_steps=2, easy_share=0.3),
-)
+    ContrastConfig(margin=8.0, temperature=3.0, weight=4.0, easy_share=0.1),
+    ContrastConfig(
+        rounds=4, margin=9.0, temperature=3.0, weight=5.0, easy_share=0.1, learning_rate=8e-4,
+        augmentation=Augmentation(rotation=10, zoom=0.1, shear=8, shift=0.7, bicubic=True),
+    ),
+)  # fmt: skip
 
 
 class Run:
@@ -81,8 +91,9 @@ def train(
     """Train the model ``name`` of the zoo on a data set and write its weights to the folder ``out``; returns the file.
 
     A training that was stopped, by Ctrl-C or ``kill -9``, continues when called again with the same arguments.
-    ``effort`` scales the number of steps: 1 is the shipped quality. "binary-abs" needs the "abs" weights in ``out`` and
-    trains them first if they are missing. Raises InputError for unknown names and for checkpoints of another training.
+    ``effort`` scales the number of steps: 1 is the shipped quality. "binary-abs" and "prototype-abs" need the "abs"
+    weights in ``out`` and train them first if they are missing. Raises InputError for unknown names and for checkpoints
+    of another training.
     """
     if name not in _RECIPES:
         raise unknown_name("model", name, _RECIPES)
@@ -104,12 +115,13 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
         base, vae_steps=max(1, round(base.vae_steps * effort)), decoder_steps=max(1, round(base.decoder_steps * effort))
     )
     cycles = [
-        replace(cycle, seed=run.seed, rounds=max(1, round(cycle.rounds * min(1.0, effort)))) for cycle in CONTRAST
+        replace(cycle, seed=100 * run.seed + number, rounds=max(1, round(cycle.rounds * min(1.0, effort))))
+        for number, cycle in enumerate(CONTRAST)
     ]
     sizes = VAEConfig(run.train[0].shape[-1], run.train[0].shape[1], config.latent_size)
     rounds = sum(cycle.rounds for cycle in cycles) * run.classes
     # a class's step of the contrast takes about as long as this many steps of its first two phases
-    scale = 1500
+    scale = 2500
     whole = run.classes * config.steps + rounds * scale
 
     def progress(done: int, text: str) -> None:
@@ -136,9 +148,15 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
 def choose_all_candidates(own: list[Tensor], rival: list[Tensor], seed: int) -> Tensor:
     """The latents (K,M,D) from which searches start: most cover a class's own images, the rest those of its rivals."""
     for_rivals = CANDIDATES * 2 // 5
+    generator = torch.Generator().manual_seed(seed)
+
+    def covering(latents: Tensor, count: int) -> Tensor:
+        some = latents[torch.randperm(len(latents), generator=generator)[:CLUSTERED]]
+        return choose_candidates(some, count, seed)
+
     return torch.stack(
         [
-            torch.cat([choose_candidates(a, CANDIDATES - for_rivals, seed), choose_candidates(b, for_rivals, seed)])
+            torch.cat([covering(a, CANDIDATES - for_rivals), covering(b, for_rivals)])
             for a, b in zip(own, rival, strict=True)
         ]
     )
@@ -162,13 +180,19 @@ def assemble_abs(
         "beta": config.beta, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
         "training": asdict(config), "contrast": [asdict(cycle) for cycle in cycles],
     }  # fmt: skip
-    tensors = {"candidates": candidates.half()}
-    for number, decoder in enumerate(decoders):
-        for name, value in decoder.state_dict().items():
-            if not name.endswith("num_batches_tracked"):
-                tensors[f"{number}.decoder.{name}"] = value
+    tensors = {"candidates": candidates.half(), **decoder_tensors(decoders)}
     held_out = (logits.argmax(1) == labels).float().mean().item()
     return tensors, run.header(settings, clean, held_out_accuracy=held_out)
+
+
+def decoder_tensors(decoders: list[Decoder]) -> dict[str, Tensor]:
+    """The weights by the names of a weight file."""
+    return {
+        f"{number}.decoder.{name}": value
+        for number, decoder in enumerate(decoders)
+        for name, value in decoder.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
 
 
 def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -191,6 +215,58 @@ def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[
         "decoders_digest": zoo.read(source).digest,
     }  # fmt: skip
     return {"scales": model.scales}, run.header(settings, accuracy(model, *run.test))
+
+
+def _train_prototype_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    source = run.out / "abs.safetensors"
+    if not source.exists():
+        train("abs", run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress)
+    plain = zoo.load(source)
+    assert isinstance(plain, ABS)
+    base = PrototypeConfig(seed=run.seed)
+    smallest = int(run.train[1].bincount().min())
+    config = replace(base, epochs=max(1, round(base.epochs * effort)), count=min(base.count, smallest))
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    latents = explanations(plain, *run.train, progress=run.progress)
+    starts = torch.stack([choose_candidates(one, config.count, run.seed) for one in latents])
+    channels, size = plain.image_shape
+    sizes = VAEConfig(size, channels, starts.shape[2])
+    decoders, found = train_prototypes(
+        list(plain.decoders), starts, *run.train, sizes, config,  # type: ignore[arg-type]
+        checkpoint=run.checkpoints / "prototypes.safetensors", progress=run.progress,
+    )  # fmt: skip
+    model = PrototypeABS(decoders, found.half().float(), beta=config.beta)
+    images, labels = run.held_out
+    logits = batched(model, images)
+    calibration = calibrate(-logits, labels)
+    model.alpha, model.eta = calibration.alpha, calibration.eta
+    model.refusal = refusal_threshold(model.posterior(logits))
+    settings = {
+        "classes": run.classes, "image_size": size, "channels": channels, "latent_size": starts.shape[2],
+        "beta": config.beta, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
+        "decoders_digest": zoo.read(source).digest, "training": asdict(config),
+    }  # fmt: skip
+    tensors = {f"{number}.latents": one.half() for number, one in enumerate(found)}
+    tensors |= decoder_tensors(decoders)
+    held_out = (logits.argmax(1) == labels).float().mean().item()
+    return tensors, run.header(settings, accuracy(model, *run.test), held_out_accuracy=held_out)
+
+
+@torch.no_grad()
+def explanations(model: ABS, images: Tensor, labels: Tensor, *, progress: Progress | None = None) -> list[Tensor]:
+    """For every class the latents (N_c,D) with which it explains its own images, in their order."""
+    schedule = replace(model.schedule, slack=(), steps=3)
+    found = []
+    for number in range(len(model.decoders)):
+        own = images[labels == number]
+        parts = [
+            analyze(model.folded[number : number + 1], [model.starts[number]], to_blocks(chunk), schedule).latents[:, 0]
+            for chunk in own.split(256)
+        ]
+        found.append(torch.cat(parts))
+        if progress is not None:
+            progress(number + 1, len(model.decoders), f"explaining the images of class {number}")
+    return found
 
 
 def _train_cnn(run: Run, effort: float, **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -284,4 +360,5 @@ _RECIPES: dict[str, Callable[[Run, float], tuple[dict[str, Tensor], dict[str, An
     "transfer-cnn": _train_transfer_cnn,
     "nearest-neighbor": _train_nearest_neighbor,
     "madry": _train_madry,
+    "prototype-abs": _train_prototype_abs,
 }
