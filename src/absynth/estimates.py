@@ -33,6 +33,14 @@ from absynth.errors import InputError
 NORM_OF = {"paper-l2": "l2", "paper-linf": "linf", "lipschitz": "l2", "bisector": "l2"}
 
 
+def check_model(model: object) -> None:
+    """Raise InputError for a model that these estimates are not for."""
+    if not isinstance(model, ABS) or not torch.equal(model.scales, torch.ones_like(model.scales)):
+        raise InputError(
+            f"{type(model).__name__} has no estimated bounds: they are for ABS models without class scales, such as abs"
+        )
+
+
 @torch.no_grad()
 def estimated_radii(
     model: ABS, images: Tensor, labels: Tensor, *, searches: int = 3, steps: int = 20
@@ -43,10 +51,7 @@ def estimated_radii(
     ``bisector``. Raises InputError for a model that is no ABS on the plain image with equal class scales: the
     estimates are distances in the space that the decoders explain.
     """
-    if not isinstance(model, ABS) or not torch.equal(model.scales, torch.ones_like(model.scales)):
-        raise InputError(
-            f"{type(model).__name__} has no estimated bounds: they are for ABS models without class scales, such as abs"
-        )
+    check_model(model)
     if searches < 1 or steps < 0:
         raise InputError(f"searches is {searches} and steps {steps}; expected at least 1 and at least 0")
     model.check(images)
@@ -139,6 +144,8 @@ def _bisector(
     smallest = torch.full_like(true_energy, torch.inf)
     for number, decoder in enumerate(model.folded):
         rows = (~own[:, number]).nonzero()[:, 0]
+        if not len(rows):
+            continue
         every = torch.cat([latents[rows, number][:, None], starts[rows, :, number]], dim=1)  # (b,1+S,D)
         for begin in every.unbind(1):
             for part, z in zip(rows.split(64), begin.split(64), strict=True):
