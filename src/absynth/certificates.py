@@ -136,6 +136,25 @@ class Certifier:
     @torch.no_grad()
     def _image(self, image: Tensor, label: int, norms: tuple[str, ...]) -> dict[str, float]:
         """The radii of one image (N,)."""
+        planes, threshold, own = self._hold_against(image, label)
+        radii = {}
+        for norm, bounds in _screen(planes, threshold, norms).items():
+            bounds[own] = torch.inf
+            radius = _smallest(planes, norm, bounds * (1 - SCREENING), self.joint if norm == "l2" else 0)
+            radii[norm] = radius if norm == "l0" else radius * (1 - MARGIN)
+        return radii
+
+    @torch.no_grad()
+    def planes(self, image: Tensor, label: int, norm: str) -> tuple[_Planes, Tensor]:
+        """The half-spaces of one image (N,), and a quick lower bound (M,) of what each prototype of another class asks
+        for; infinite for those of its own."""
+        planes, threshold, own = self._hold_against(image, label)
+        bounds = _screen(planes, threshold, (norm,))[norm].double() * (1 - SCREENING)
+        bounds[own] = torch.inf
+        return planes, bounds
+
+    def _hold_against(self, image: Tensor, label: int) -> tuple[_Planes, Tensor, slice]:
+        """The half-spaces, the threshold (M,) of the best one for every prototype, and the true class's own."""
         points, labels = self.prototypes.points, self.prototypes.labels
         first, last = torch.searchsorted(labels, torch.tensor([label, label + 1], device=labels.device)).tolist()
         if first == last:
@@ -146,14 +165,15 @@ class Certifier:
         apart = (self.squares[:, None] + self.squares[own] - 2 * (points @ points[own].T)).clamp(min=1e-12).sqrt()
         thresholds = (energies[:, None] - energies[own]) / 2  # (M,T)
         best = (thresholds / apart).topk(min(self.tried, len(own)), dim=1).indices  # (M,t)
-        planes = _Planes(self.prototypes, image, own, best)
         threshold = thresholds.gather(1, best[:, :1])[:, 0] - self.prototypes.slack / 2
-        radii = {}
-        for norm, bounds in _screen(planes, threshold, norms).items():
-            bounds[first:last] = torch.inf  # the true class's own
-            radius = _smallest(planes, norm, bounds * (1 - SCREENING), self.joint if norm == "l2" else 0)
-            radii[norm] = radius if norm == "l0" else radius * (1 - MARGIN)
-        return radii
+        return _Planes(self.prototypes, image, own, best), threshold, slice(first, last)
+
+    def broken(self, image: Tensor, label: int) -> bool:
+        """Whether an image (N,), float64, is nearer to a prototype of another class; a tie is broken."""
+        points, costs = self.prototypes.points.double(), self.prototypes.costs.double()
+        energies = (points - image).square().sum(1) + costs
+        own = self.prototypes.labels == label
+        return bool(energies[~own].min() <= energies[own].min())
 
 
 CHUNK = 16  # rivals measured at once
@@ -171,8 +191,11 @@ class _Planes:
 
     def exactly(self, rivals: Tensor, against: Tensor) -> tuple[Tensor, Tensor]:
         """Rivals (r,), and indices into ``own`` (r,t) -> slopes (r,t,N) and thresholds (r,t), float64."""
+        return self.planes_of(rivals, self.own[against])
+
+    def planes_of(self, rivals: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Rivals (r,) and prototypes of the true class (r,t) -> slopes (r,t,N) and thresholds (r,t), float64."""
         points, costs = self.prototypes.points, self.prototypes.costs.double()
-        chosen = self.own[against]  # (r,t)
         theirs, ours = points[rivals].double()[:, None], points[chosen].double()
         theirs_f = (self.exact - theirs).square().sum(2) + costs[rivals, None]  # (r,1)
         ours_f = (self.exact - ours).square().sum(2) + costs[chosen]  # (r,t)
@@ -234,12 +257,13 @@ def _smallest(planes: _Planes, norm: str, bounds: Tensor, joint: int) -> float:
     else:
         next_one = math.inf
     every = torch.arange(len(planes.own), device=lowest.device).expand(len(lowest), -1)
-    together = torch.maximum(least_l2_joint(*planes.exactly(lowest, every), planes.box), bounds[lowest])
+    together = torch.maximum(least_l2_joint(*planes.exactly(lowest, every), planes.box)[0], bounds[lowest])
     return min(float(together.min()), next_one)
 
 
-def least_l2_joint(slopes: Tensor, thresholds: Tensor, box: Box, steps: int = 60) -> Tensor:
-    """A lower bound (R,) of the least L2 norm of a d in the box that passes several planes (R,T,N), (R,T) at once.
+def least_l2_joint(slopes: Tensor, thresholds: Tensor, box: Box, steps: int = 60) -> tuple[Tensor, Tensor]:
+    """The least L2 norm of a d in the box that passes several planes (R,T,N), (R,T) at once: a lower bound (R,) of it,
+    and a d (R,N) that comes close to passing them.
 
     The Lagrange dual, max over m >= 0 of m . b - max over d in the box of (m A) . d - ||d||^2 / 2, by accelerated
     projected gradient steps. Its value is a lower bound at every m >= 0; the best one found is taken.
@@ -250,19 +274,21 @@ def least_l2_joint(slopes: Tensor, thresholds: Tensor, box: Box, steps: int = 60
     )  # below 1 / the largest eigenvalue
     rate = torch.maximum(rate, 0.99 / product.abs().sum(2).amax(1, keepdim=True).clamp(min=1e-300))
     multipliers = torch.zeros_like(thresholds)
-    ahead, best, momentum = multipliers, torch.zeros(len(slopes), dtype=slopes.dtype, device=slopes.device), 1.0
+    delta = torch.zeros_like(slopes[:, 0])
+    ahead, best, momentum = multipliers, delta[:, 0], 1.0
     for _ in range(steps):
         pull = (ahead[:, None] @ slopes)[:, 0]  # (R,N)
         room = box.room(pull)
         moved = torch.minimum(pull.abs(), room)
         best = torch.maximum(best, _dual_l2(pull.abs(), room, (ahead * thresholds).sum(1)))
-        passed = (slopes @ (pull.sign() * moved)[:, :, None])[:, :, 0]  # (R,T)
+        delta = pull.sign() * moved
+        passed = (slopes @ delta[:, :, None])[:, :, 0]  # (R,T)
         stepped = (ahead + rate * (thresholds - passed)).clamp(min=0)
         momentum, before = (1 + math.sqrt(1 + 4 * momentum**2)) / 2, momentum
         # `ahead` must stay non-negative: only then is the dual's value a bound
         ahead = (stepped + (before - 1) / momentum * (stepped - multipliers)).clamp(min=0)
         multipliers = stepped
-    return best
+    return best, delta
 
 
 def least_norm(slopes: Tensor, thresholds: Tensor, box: Box, norm: str) -> Tensor:

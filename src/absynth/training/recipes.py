@@ -283,6 +283,12 @@ def _train_cnn(run: Run, effort: float, **options: Any) -> tuple[dict[str, Tenso
     return _network(run, model, asdict(config), torch.float32)
 
 
+def _train_plain_cnn(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    # longer, at a higher rate, with smaller moves than the others: 98.98 % instead of 98.88 % held out
+    moves = Augmentation(rotation=8, zoom=0.08, shear=4, shift=1.0)
+    return _train_cnn(run, effort, epochs=12, learning_rate=3e-3, augmentation=moves)
+
+
 def _train_binary_cnn(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _train_cnn(run, effort, binarized=True)
 
@@ -355,7 +361,7 @@ def batched(model: nn.Module, images: Tensor, size: int = 128) -> Tensor:
 _RECIPES: dict[str, Callable[[Run, float], tuple[dict[str, Tensor], dict[str, Any]]]] = {
     "abs": _train_abs,
     "binary-abs": _train_binary_abs,
-    "cnn": _train_cnn,
+    "cnn": _train_plain_cnn,
     "binary-cnn": _train_binary_cnn,
     "transfer-cnn": _train_transfer_cnn,
     "nearest-neighbor": _train_nearest_neighbor,
