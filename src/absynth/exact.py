@@ -23,7 +23,7 @@ from absynth.errors import InputError
 ROUNDS = 12  # of adding planes
 STEPS = 300  # of the dual's ascent
 ADDED = 8  # planes a round
-PUSHED = 1e-3  # how much further than the boundary the adversarial lies, relative
+PUSHES = (1.0, 1.001, 1.01, 1.1, 1.5, 2.0)  # how far beyond the point found an adversarial is looked for, relative
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,24 @@ def exact_distance(certifier: Certifier, image: Tensor, label: int, *, rivals: i
                 break
             against = torch.cat([against, new])
         lower = min(lower, max(value, float(bounds[rival])))
-        for push in (1.0, 1 + PUSHED / 10, 1 + PUSHED, 1 + 10 * PUSHED):
-            trial = (planes.exact + push * (moved - planes.exact)).clamp(0, 1)
-            distance = float((trial - planes.exact).norm())
-            if distance < upper and bool(certifier.broken(trial, label)):
-                upper, adversarial = distance, trial
-                break
+        trial = _just_across(certifier, planes.exact, moved, label)
+        if trial is not None and float((trial - planes.exact).norm()) < upper:
+            upper, adversarial = float((trial - planes.exact).norm()), trial
     return Exact(min(lower, upper) * (1 - MARGIN), upper, adversarial)
+
+
+def _just_across(certifier: Certifier, image: Tensor, nearest: Tensor, label: int) -> Tensor | None:
+    """The first broken image (N,) on the way from ``image`` through ``nearest``; None if there is none nearby."""
+
+    def at(push: float) -> Tensor:
+        return (image + push * (nearest - image)).clamp(0, 1)
+
+    safe = 0.9
+    for push in PUSHES:
+        if certifier.broken(at(push), label):
+            for _ in range(10):
+                middle = (safe + push) / 2
+                safe, push = (safe, middle) if certifier.broken(at(middle), label) else (middle, push)
+            return at(push)
+        safe = push
+    return None

@@ -79,7 +79,8 @@ def train_prototypes(
     """Train prototypes that begin at ``latents`` (K,M,D): the new decoders and latents.
 
     On images (N,C,S,S) in [0,1] with labels (N,). ``checkpoint`` names a file written after each epoch and continued
-    from; a resumed training ends in the same weights. Raises InputError for a checkpoint of another training.
+    from; a resumed training ends in the same weights, up to the rounding of sums over several threads. Raises
+    InputError for a checkpoint of another training.
     """
     config = config or PrototypeConfig()
     classes, count, size = latents.shape

@@ -1,0 +1,118 @@
+"""Training of prototype-abs: it widens the certified margin, resumes to the same weights, and is run by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from absynth import data, zoo
+from absynth.certificates import Certifier, certified_radii
+from absynth.errors import InputError
+from absynth.exact import exact_distance
+from absynth.prototypes import PrototypeABS
+from absynth.training.augment import Augmentation
+from absynth.training.prototypes import PrototypeConfig, train_prototypes
+from absynth.training.recipes import explanations, train
+from absynth.vae import Decoder, VAEConfig
+from small_models import write_all
+
+SMALL = PrototypeConfig(
+    count=8, epochs=4, batch_size=32, margin=1.5, latent_rate=0.1, learning_rate=1e-2, refreshed=3,
+    augmentation=Augmentation(rotation=3, zoom=0, shear=0, shift=0),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[Tensor, Tensor]:
+    images, labels = data.load("digits", "train")
+    chosen = torch.cat([(labels == number).nonzero()[:64, 0] for number in (0, 1, 2)])
+    return images[chosen], labels[chosen]
+
+
+def start() -> tuple[list[Decoder], Tensor]:
+    torch.manual_seed(0)
+    return [Decoder(VAEConfig()).eval() for _ in range(3)], torch.randn(3, SMALL.count, 8)
+
+
+def test_it_widens_the_margin_and_resumes(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    images, labels = digits
+    decoders, latents = start()
+    losses: list[float] = []
+    trained, found = train_prototypes(
+        decoders, latents, images, labels, VAEConfig(), SMALL,
+        progress=lambda _done, _total, text: losses.append(float(text.split()[-1])),
+    )  # fmt: skip
+    assert sum(losses[-6:]) < 0.6 * sum(losses[:6])
+    model = PrototypeABS(trained, found, beta=SMALL.beta)
+    assert (model(images).argmax(1) == labels).float().mean() > 0.8  # of three classes, from random weights
+    assert all(not parameter.requires_grad for one in trained for parameter in one.parameters())
+
+    file = tmp_path / "prototypes.safetensors"
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_prototypes(decoders, latents, images, labels, VAEConfig(), SMALL, checkpoint=file, progress=stop)
+    again, resumed = train_prototypes(decoders, latents, images, labels, VAEConfig(), SMALL, checkpoint=file)
+    torch.testing.assert_close(resumed, found, rtol=1e-5, atol=1e-5)
+    for a, b in zip(again, trained, strict=True):
+        torch.testing.assert_close(a.conv_2.weight, b.conv_2.weight, rtol=1e-4, atol=1e-5)
+    with pytest.raises(InputError, match="config"):
+        train_prototypes(
+            decoders, latents, images, labels, VAEConfig(), replace(SMALL, margin=2.0), checkpoint=file
+        )  # fmt: skip
+
+
+def test_settings_out_of_range_are_named() -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        PrototypeConfig(count=0)
+
+
+def test_the_recipe_writes_a_model_that_loads_and_certifies(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    (tmp_path / "prototype-abs.safetensors").unlink()
+    train("prototype-abs", "digits", out=tmp_path, effort=0.25)
+    model = zoo.load("prototype-abs", folder=tmp_path)
+    assert isinstance(model, PrototypeABS)
+    header = zoo.read(tmp_path / "prototype-abs.safetensors").header
+    assert header["config"]["decoders_digest"] == zoo.read(tmp_path / "abs.safetensors").digest
+    images, labels = data.load("digits", "test")
+    assert (model(images).argmax(1) == labels).double().mean().item() == pytest.approx(header["accuracy"])
+    assert not (tmp_path / "prototype-abs.training").exists()
+    assert bool((certified_radii(model, images[:3], model(images[:3]).argmax(1))["l2"] > 0).all())
+
+
+def test_explanations_are_in_the_order_of_the_images(tmp_path: Path) -> None:
+    write_all(tmp_path)
+    model = zoo.load("abs", folder=tmp_path)
+    images, labels = data.load("digits", "train")
+    images, labels = images[:30], labels[:30]
+    found = explanations(model, images, labels)  # type: ignore[arg-type]
+    assert [len(one) for one in found] == labels.bincount(minlength=10).tolist()
+    schedule = replace(model.schedule, slack=(), steps=3)  # type: ignore[arg-type]
+    second = model.analyze(images[labels == 4][1:2], schedule=schedule)  # type: ignore[operator]
+    torch.testing.assert_close(second.latents[0, 4], found[4][1], rtol=1e-3, atol=1e-3)
+
+
+def test_the_exact_distance_lies_between_certificate_and_adversarial() -> None:
+    torch.manual_seed(1)
+    decoders = [Decoder(VAEConfig()).eval() for _ in range(2)]
+    for decoder in decoders:
+        decoder.conv_3.weight.data.mul_(8)
+    model = PrototypeABS(decoders, [torch.randn(6, 8), torch.randn(6, 8)])
+    certifier = Certifier(model.prototypes())
+    image = torch.rand(1, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    label = model(image).argmax(1)
+    radius = float(certified_radii(model, image, label)["l2"])
+    found = exact_distance(certifier, image.flatten(), int(label))
+    assert radius <= found.lower * (1 + 1e-6) and found.lower <= found.upper <= 1.1 * found.lower
+    assert found.adversarial is not None
+    assert int(model(found.adversarial.float().view(1, 1, 28, 28)).argmax(1)) != int(label)
+    with pytest.raises(InputError, match="misclassified"):
+        exact_distance(certifier, image.flatten(), 1 - int(label))
