@@ -136,25 +136,16 @@ class Certifier:
     @torch.no_grad()
     def _image(self, image: Tensor, label: int, norms: tuple[str, ...]) -> dict[str, float]:
         """The radii of one image (N,)."""
-        planes, threshold, own = self._hold_against(image, label)
+        planes = self.planes(image, label)
         radii = {}
-        for norm, bounds in _screen(planes, threshold, norms).items():
-            bounds[own] = torch.inf
-            radius = _smallest(planes, norm, bounds * (1 - SCREENING), self.joint if norm == "l2" else 0)
+        for norm in norms:
+            radius = _smallest(planes, norm, self.joint if norm == "l2" else 0)
             radii[norm] = radius if norm == "l0" else radius * (1 - MARGIN)
         return radii
 
     @torch.no_grad()
-    def planes(self, image: Tensor, label: int, norm: str) -> tuple[_Planes, Tensor]:
-        """The half-spaces of one image (N,), and a quick lower bound (M,) of what each prototype of another class asks
-        for; infinite for those of its own."""
-        planes, threshold, own = self._hold_against(image, label)
-        bounds = _screen(planes, threshold, (norm,))[norm].double() * (1 - SCREENING)
-        bounds[own] = torch.inf
-        return planes, bounds
-
-    def _hold_against(self, image: Tensor, label: int) -> tuple[_Planes, Tensor, slice]:
-        """The half-spaces, the threshold (M,) of the best one for every prototype, and the true class's own."""
+    def planes(self, image: Tensor, label: int) -> Planes:
+        """The half-spaces (1) of one image (N,). Raises InputError for a label that no prototype has."""
         points, labels = self.prototypes.points, self.prototypes.labels
         first, last = torch.searchsorted(labels, torch.tensor([label, label + 1], device=labels.device)).tolist()
         if first == last:
@@ -163,10 +154,12 @@ class Certifier:
         own = first + energies[first:last].topk(min(self.near, last - first), largest=False).indices  # (T,)
         # the unbounded L2 distance to every bisecting plane tells which p of its own class to hold against a rival
         apart = (self.squares[:, None] + self.squares[own] - 2 * (points @ points[own].T)).clamp(min=1e-12).sqrt()
-        thresholds = (energies[:, None] - energies[own]) / 2  # (M,T)
-        best = (thresholds / apart).topk(min(self.tried, len(own)), dim=1).indices  # (M,t)
-        threshold = thresholds.gather(1, best[:, :1])[:, 0] - self.prototypes.slack / 2
-        return _Planes(self.prototypes, image, own, best), threshold, slice(first, last)
+        thresholds = (energies[:, None] - energies[own] - self.prototypes.slack) / 2  # (M,T)
+        distances, best = (thresholds / apart).topk(min(self.tried, len(own)), dim=1)  # (M,t)
+        threshold = thresholds.gather(1, best[:, :1])[:, 0]
+        distance = distances[:, 0]
+        distance[first:last] = torch.inf  # the true class's own claim nothing
+        return Planes(self.prototypes, image, own, best, threshold, distance)
 
     def broken(self, image: Tensor, label: int) -> bool:
         """Whether an image (N,), float64, is nearer to a prototype of another class; a tie is broken."""
@@ -176,24 +169,39 @@ class Certifier:
         return bool(energies[~own].min() <= energies[own].min())
 
 
+FIRST = 64  # rivals measured before it is known how far to look
 CHUNK = 16  # rivals measured at once
+JOINT = 6  # rivals measured against several planes at once
 ROWS = 256  # rivals screened at once: their slopes stay in the cache
 
 
-class _Planes:
-    """The half-spaces (1) of one image (N,): ``own`` (T,) prototypes of the true class, and for every prototype p' of
-    all the most promising t of them, ``best`` (M,t), as indices into ``own``."""
+@dataclass(frozen=True)
+class Planes:
+    """The half-spaces (1) of one image (N,).
 
-    def __init__(self, prototypes: Prototypes, image: Tensor, own: Tensor, best: Tensor) -> None:
-        self.prototypes, self.image, self.own, self.best = prototypes, image, own, best
-        self.exact = image.double()
-        self.box = Box(1 - self.exact, self.exact)
+    ``own`` (T,) are the prototypes of the true class nearest to it. For every prototype p' of all, ``best`` (M,t) are
+    the most promising of them, as indices into ``own``; ``thresholds`` (M,) the b of the first, and ``distances`` (M,)
+    its L2 distance without the box, infinite for prototypes of the true class: both float32, of what is only screened.
+    """
 
-    def exactly(self, rivals: Tensor, against: Tensor) -> tuple[Tensor, Tensor]:
-        """Rivals (r,), and indices into ``own`` (r,t) -> slopes (r,t,N) and thresholds (r,t), float64."""
-        return self.planes_of(rivals, self.own[against])
+    prototypes: Prototypes
+    image: Tensor
+    own: Tensor
+    best: Tensor
+    thresholds: Tensor
+    distances: Tensor
 
-    def planes_of(self, rivals: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def exact(self) -> Tensor:
+        """The image in float64."""
+        return self.image.double()
+
+    @property
+    def box(self) -> Box:
+        """How far its pixels can go."""
+        return Box(1 - self.exact, self.exact)
+
+    def exactly(self, rivals: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Rivals (r,) and prototypes of the true class (r,t) -> slopes (r,t,N) and thresholds (r,t), float64."""
         points, costs = self.prototypes.points, self.prototypes.costs.double()
         theirs, ours = points[rivals].double()[:, None], points[chosen].double()
@@ -201,64 +209,93 @@ class _Planes:
         ours_f = (self.exact - ours).square().sum(2) + costs[chosen]  # (r,t)
         return theirs - ours, (theirs_f - ours_f - self.prototypes.slack) / 2
 
+    def coarse(self, norm: str) -> Tensor:
+        """Lower bounds (M,) of what every prototype asks for, from a few products; infinite for the true class's."""
+        if norm == "l2":
+            bounds = self.distances  # the box can only make it more
+        elif norm == "linf":
+            bounds = self.thresholds / (self._reach() + 0.05)  # more than its rounding
+        else:
+            bounds = self.thresholds  # no pixel gains more than 1, nor more than it moves
+        bounds = torch.where(self.thresholds > 0, bounds * (1 - SCREENING), -torch.inf)
+        return torch.where(torch.isinf(self.distances), torch.inf, bounds)
 
-def _screen(planes: _Planes, thresholds: Tensor, norms: Iterable[str]) -> dict[str, Tensor]:
-    """Quick lower bounds (M,) on what each prototype asks for, in float32, from the best of its planes alone."""
-    up, down = 1 - planes.image, planes.image
-    can_rise, can_fall = (up > 0).float(), (down > 0).float()
-    bounds = {norm: torch.empty_like(thresholds) for norm in norms}
-    points, ours = planes.prototypes.points, planes.prototypes.points[planes.own]
-    for start in range(0, len(thresholds), ROWS):
-        rows = slice(start, start + ROWS)
-        threshold = thresholds[rows]
-        slopes = points[rows] - ours[planes.best[rows, 0]]  # (r,N)
-        rise, fall = slopes.clamp(min=0), slopes.clamp_(max=0).neg_()
-        useful = rise * can_rise + fall * can_fall  # slopes where there is room at all
-        if "l2" in bounds:
-            bounds["l2"][rows] = threshold / torch.linalg.vector_norm(useful, dim=1)
-        if "linf" in bounds:
-            bounds["linf"][rows] = threshold / useful.sum(1)
-        if "l1" in bounds:
-            bounds["l1"][rows] = threshold / useful.amax(1)
-        if "l0" in bounds:
-            gains = rise.mul_(up).add_(fall.mul_(down))
-            # k pixels gain at most k t + the sum of what exceeds t, for every t
-            fewest = threshold / gains.amax(1)
-            for level in (0.4, 0.6, 0.75, 0.9):
-                fewest = torch.maximum(fewest, (threshold - (gains - level).clamp_(min=0).sum(1)) / level)
-            bounds["l0"][rows] = fewest
-    return bounds
+    def _reach(self) -> Tensor:
+        """At least the sum (M,) of the slopes that have room: where x = 0, (p' - p)+ is at most p'; where x = 1,
+        (p - p')+ is at most 1 - p'; in between, the slope itself."""
+        points = self.prototypes.points
+        black, white = self.image == 0, self.image == 1
+        gray = (~(black | white)).nonzero()[:, 0]
+        reach = points @ (black.float() - white.float()) + white.sum()
+        ours = points[self.own][:, gray][self.best[:, 0]]  # (M,g)
+        return reach + (points[:, gray] - ours).abs_().sum(1)
+
+    def fine(self, norm: str, rivals: Tensor) -> Tensor:
+        """Lower bounds (r,) of what rivals (r,) ask for, in float32, from the first of their planes alone."""
+        up, down = 1 - self.image, self.image
+        can_rise, can_fall = (up > 0).float(), (down > 0).float()
+        points, ours = self.prototypes.points, self.prototypes.points[self.own]
+        bounds = []
+        for rows in rivals.split(ROWS):
+            threshold = self.thresholds[rows]
+            slopes = points[rows] - ours[self.best[rows, 0]]  # (r,N)
+            rise, fall = slopes.clamp(min=0), slopes.clamp_(max=0).neg_()
+            if norm == "l0":
+                gains = rise.mul_(up).add_(fall.mul_(down))
+                # k pixels gain at most k t + the sum of what exceeds t, for every t
+                fewest = threshold / gains.amax(1)
+                for level in (0.4, 0.6, 0.75, 0.9):
+                    fewest = torch.maximum(fewest, (threshold - (gains - level).clamp_(min=0).sum(1)) / level)
+                bounds.append(fewest)
+                continue
+            useful = rise.mul_(can_rise).add_(fall.mul_(can_fall))  # slopes where there is room at all
+            if norm == "l2":
+                bounds.append(threshold / torch.linalg.vector_norm(useful, dim=1))
+            else:
+                bounds.append(threshold / (useful.sum(1) if norm == "linf" else useful.amax(1)))
+        found = torch.cat(bounds) * (1 - SCREENING)
+        if norm == "l0":
+            found = found.ceil()
+        return torch.where(self.thresholds[rivals] > 0, found, -torch.inf)
 
 
-def _smallest(planes: _Planes, norm: str, bounds: Tensor, joint: int) -> float:
-    """The smallest radius over all rivals: those with the lowest quick bounds are measured until none can be lower.
-
-    ``joint`` of the lowest are then measured again, against all planes at once.
-    """
-    if norm == "l0":
-        bounds = bounds.ceil()
-    bounds = bounds.double().nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)  # 0 / 0: the same prototype
-    order = bounds.argsort()[: int((bounds < math.inf).sum())]
-    smallest, measured = math.inf, 0
-    for rivals in order.split(CHUNK):
-        if not float(bounds[rivals[0]]) < smallest:
+def _smallest(planes: Planes, norm: str, joint: int) -> float:
+    """The smallest radius over all rivals: coarse bounds say which to screen, fine ones which to measure."""
+    bounds = planes.coarse(norm).double()  # (M,), replaced by better ones as they come
+    first = bounds.topk(min(FIRST, len(bounds)), largest=False).indices
+    smallest = _measure(planes, norm, bounds, first[bounds[first] < math.inf], math.inf)
+    looked_at = torch.zeros_like(bounds, dtype=torch.bool)
+    looked_at[first] = True
+    rest = ((bounds < smallest) & ~looked_at).nonzero()[:, 0]
+    smallest = _measure(planes, norm, bounds, rest, smallest)
+    done = torch.zeros_like(looked_at)
+    while joint > 0 and 0 < smallest < math.inf:
+        lowest = bounds.topk(min(JOINT, len(bounds)), largest=False).indices
+        smallest = float(bounds[lowest[0]])
+        lowest = lowest[~done[lowest] & (bounds[lowest] < math.inf)]
+        if not len(lowest) or done[bounds.argmin()]:
             break
-        slopes, thresholds = planes.exactly(rivals, planes.best[rivals])  # (r,t,N), (r,t)
-        radii = least_norm(slopes.flatten(0, 1), thresholds.flatten(), planes.box, norm)
-        bounds[rivals] = radii.view(thresholds.shape).amax(1)  # the best of the planes: all of them must be passed
-        smallest = min(smallest, float(bounds[rivals].min()))
-        measured += len(rivals)
-    if not joint or smallest == 0 or math.isinf(smallest):
+        together, _ = least_l2_joint(*planes.exactly(lowest, planes.own.expand(len(lowest), -1)), planes.box)
+        bounds[lowest] = torch.maximum(together, bounds[lowest])
+        done[lowest] = True
+        joint -= len(lowest)
+        smallest = float(bounds.min())
+    return smallest
+
+
+def _measure(planes: Planes, norm: str, bounds: Tensor, rivals: Tensor, smallest: float) -> float:
+    """Put better bounds of ``rivals`` (r,) in their places, as far as they may matter; the smallest radius measured."""
+    if not len(rivals):
         return smallest
-    # what has not been measured keeps its quick bound, which is no lower than the smallest
-    lowest = bounds.topk(min(joint + 1, len(order)), largest=False).indices
-    if len(lowest) > joint:
-        lowest, next_one = lowest[:joint], float(bounds[lowest[joint]])
-    else:
-        next_one = math.inf
-    every = torch.arange(len(planes.own), device=lowest.device).expand(len(lowest), -1)
-    together = torch.maximum(least_l2_joint(*planes.exactly(lowest, every), planes.box)[0], bounds[lowest])
-    return min(float(together.min()), next_one)
+    bounds[rivals] = torch.maximum(bounds[rivals], planes.fine(norm, rivals).double())
+    for chunk in rivals[bounds[rivals].argsort()].split(CHUNK):
+        if not float(bounds[chunk[0]]) < smallest:
+            break
+        slopes, thresholds = planes.exactly(chunk, planes.own[planes.best[chunk]])  # (r,t,N), (r,t)
+        radii = least_norm(slopes.flatten(0, 1), thresholds.flatten(), planes.box, norm)
+        bounds[chunk] = radii.view(thresholds.shape).amax(1)  # the best of the planes: all of them must be passed
+        smallest = min(smallest, float(bounds[chunk].min()))
+    return smallest
 
 
 def least_l2_joint(slopes: Tensor, thresholds: Tensor, box: Box, steps: int = 60) -> tuple[Tensor, Tensor]:
@@ -266,29 +303,28 @@ def least_l2_joint(slopes: Tensor, thresholds: Tensor, box: Box, steps: int = 60
     and a d (R,N) that comes close to passing them.
 
     The Lagrange dual, max over m >= 0 of m . b - max over d in the box of (m A) . d - ||d||^2 / 2, by accelerated
-    projected gradient steps. Its value is a lower bound at every m >= 0; the best one found is taken.
+    projected gradient steps. Its value, in float64, is a lower bound at every m >= 0, however rough the way to it.
     """
-    product = slopes @ slopes.mT  # (R,T,T)
-    rate = 1 / product.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp(
-        min=1e-300
-    )  # below 1 / the largest eigenvalue
-    rate = torch.maximum(rate, 0.99 / product.abs().sum(2).amax(1, keepdim=True).clamp(min=1e-300))
-    multipliers = torch.zeros_like(thresholds)
-    delta = torch.zeros_like(slopes[:, 0])
-    ahead, best, momentum = multipliers, delta[:, 0], 1.0
+    single, targets = slopes.float(), thresholds.float()  # the way to the multipliers may be rough, their value not
+    rough = Box(box.up.float(), box.down.float())
+    product = single @ single.mT  # (R,T,T)
+    rate = 1 / product.diagonal(dim1=1, dim2=2).sum(1, keepdim=True).clamp(min=1e-30)  # 1 / trace, 1 / row sum: both
+    rate = torch.maximum(rate, 1 / product.abs().sum(2).amax(1, keepdim=True).clamp(min=1e-30))  # below 1 / eigenvalue
+    multipliers = torch.zeros_like(targets)
+    ahead, momentum = multipliers, 1.0
     for _ in range(steps):
-        pull = (ahead[:, None] @ slopes)[:, 0]  # (R,N)
-        room = box.room(pull)
-        moved = torch.minimum(pull.abs(), room)
-        best = torch.maximum(best, _dual_l2(pull.abs(), room, (ahead * thresholds).sum(1)))
-        delta = pull.sign() * moved
-        passed = (slopes @ delta[:, :, None])[:, :, 0]  # (R,T)
-        stepped = (ahead + rate * (thresholds - passed)).clamp(min=0)
+        pull = (ahead[:, None] @ single)[:, 0]  # (R,N)
+        delta = pull.sign() * torch.minimum(pull.abs(), rough.room(pull))
+        passed = (single @ delta[:, :, None])[:, :, 0]  # (R,T)
+        stepped = (ahead + rate * (targets - passed)).clamp(min=0)
         momentum, before = (1 + math.sqrt(1 + 4 * momentum**2)) / 2, momentum
-        # `ahead` must stay non-negative: only then is the dual's value a bound
         ahead = (stepped + (before - 1) / momentum * (stepped - multipliers)).clamp(min=0)
         multipliers = stepped
-    return best, delta
+    final = multipliers.double()
+    pull = (final[:, None] @ slopes)[:, 0]
+    room = box.room(pull)
+    bound = _dual_l2(pull.abs(), room, (final * thresholds).sum(1))
+    return bound, pull.sign() * torch.minimum(pull.abs(), room)
 
 
 def least_norm(slopes: Tensor, thresholds: Tensor, box: Box, norm: str) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from absynth.certificates import MARGIN, Certifier, least_l2_joint
 from absynth.errors import InputError
 
+FINE = 4000  # rivals whose bounds are screened
 ROUNDS = 12  # of adding planes
 STEPS = 300  # of the dual's ascent
 ADDED = 8  # planes a round
@@ -48,7 +49,11 @@ def exact_distance(certifier: Certifier, image: Tensor, label: int, *, rivals: i
     ``rivals``: how many prototypes of other classes are solved at most; what is left counts by its quick bound. Raises
     InputError for an image that is misclassified: its distance is 0.
     """
-    planes, bounds = certifier.planes(image, label, "l2")
+    planes = certifier.planes(image, label)
+    bounds = planes.coarse("l2").double()
+    near = bounds.topk(min(FINE, len(bounds)), largest=False).indices
+    near = near[bounds[near] < math.inf]
+    bounds[near] = torch.maximum(bounds[near], planes.fine("l2", near).double())
     prototypes = certifier.prototypes
     own = (prototypes.labels == label).nonzero()[:, 0]
     points, costs = prototypes.points.double(), prototypes.costs.double()
@@ -65,7 +70,7 @@ def exact_distance(certifier: Certifier, image: Tensor, label: int, *, rivals: i
         index = torch.tensor([rival])
         against = planes.own  # (T,): prototypes of the true class
         for _ in range(ROUNDS):
-            slopes, thresholds = planes.planes_of(index, against[None])
+            slopes, thresholds = planes.exactly(index, against[None])
             values, deltas = least_l2_joint(slopes, thresholds, planes.box, steps=STEPS)
             value, moved = float(values[0]), planes.exact + deltas[0]
             if value >= upper:

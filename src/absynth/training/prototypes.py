@@ -35,17 +35,17 @@ Progress = Callable[[int, int, str], None]
 class PrototypeConfig:
     """``count`` prototypes a class; ``margin`` and ``temperature`` in units of L2 distance."""
 
-    count: int = 2000
+    count: int = 4000
     epochs: int = 4
-    batch_size: int = 512
-    margin: float = 1.0
+    batch_size: int = 128
+    margin: float = 0.8
     temperature: float = 0.3
     beta: float = 0.5  # weight of the prior's cost
-    latent_rate: float = 0.02
-    learning_rate: float = 1e-3  # of the decoders
-    refreshed: int = 20  # steps after which all prototypes are decoded anew, not only those just used
+    latent_rate: float = 0.03
+    learning_rate: float = 7e-4  # of the decoders
+    refreshed: int = 160  # steps after which all prototypes are decoded anew, not only those just used
     augmentation: Augmentation = field(
-        default_factory=lambda: Augmentation(rotation=10, zoom=0.1, shear=8, shift=1, bicubic=True)
+        default_factory=lambda: Augmentation(rotation=5, zoom=0.05, shear=5, shift=0.3, bicubic=True)
     )
     seed: int = 0
 

@@ -24,7 +24,7 @@ from absynth.decoding import to_blocks
 from absynth.errors import InputError, unknown_name
 from absynth.prototypes import PrototypeABS
 from absynth.responses import Threshold
-from absynth.training.augment import Augmentation
+from absynth.training.augment import Augmentation, augment
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
 from absynth.training.contrast import ContrastConfig, sharpen
@@ -227,7 +227,9 @@ def _train_prototype_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], di
     smallest = int(run.train[1].bincount().min())
     config = replace(base, epochs=max(1, round(base.epochs * effort)), count=min(base.count, smallest))
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    latents = explanations(plain, *run.train, progress=run.progress)
+    generator = torch.Generator().manual_seed(run.seed)
+    moved = torch.cat([augment(chunk, config.augmentation, generator) for chunk in run.train[0].split(1000)])
+    latents = explanations(plain, torch.cat([run.train[0], moved]), run.train[1].repeat(2), progress=run.progress)
     starts = torch.stack([choose_candidates(one, config.count, run.seed) for one in latents])
     channels, size = plain.image_shape
     sizes = VAEConfig(size, channels, starts.shape[2])
