@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,7 +17,7 @@ from absynth import data, zoo
 from absynth.certificates import certified_radii
 from absynth.cli import main
 from absynth.errors import InputError
-from absynth.estimates import NORM_OF, estimated_radii
+from absynth.estimates import PLAIN, THRESHOLDED, _paper_l2, estimated_radii
 from absynth.evaluation import Ledger, certify, evaluate, report, verify
 from small_models import write_all
 
@@ -116,7 +117,7 @@ def test_command(run: Run, weights: Path, tmp_path: Path) -> None:
     code, out, _ = run("certify", "--model", "nearest-neighbor", *options)
     assert code == 0 and all(norm in out for norm in ("l0", "l1", "l2", "linf")) and "certified there" in out
     code, out, _ = run("certify", "--model", "abs", "--estimates", *options, "--json")
-    assert code == 0 and set(json.loads(out)["norms"]) == set(NORM_OF)
+    assert code == 0 and set(json.loads(out)["norms"]) == set(PLAIN)
     code, out, _ = run("verify", tmp_path / "run", "--weights", weights)
     assert code == 0 and "everything holds" in out
 
@@ -164,9 +165,33 @@ def test_estimates_follow_their_formulas(weights: Path) -> None:
     assert all(radius.tolist() == [0.0] * 3 for radius in wrong.values())
 
 
-def test_estimates_are_for_abs_on_the_plain_image(weights: Path) -> None:
+def test_estimates_of_a_thresholded_model_count_flips(weights: Path) -> None:
     model = zoo.load("binary-abs", folder=weights)
+    images, _ = data.load("digits", "test")
+    images = images[:4]
+    labels = model(images).argmax(1)
+    found = estimated_radii(model, images, labels, searches=1)  # type: ignore[arg-type]
+    assert set(found) == set(THRESHOLDED)
+    for name in ("paper-l2", "lipschitz"):
+        costs = (images.flatten(1).double() - 0.5).square().sort(dim=1).values
+        for row in range(4):
+            flips = math.ceil(float(found[name][row]) ** 2 * (1 - 1e-9))
+            assert float(found[f"{name}-input"][row]) == pytest.approx(float(costs[row, :flips].sum().sqrt()))
+
+
+def test_the_papers_bound_with_factors_solves_its_equation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.rand(*shape, generator=generator).double()  # noqa: E731
+    factor, energy, r, factors, distances = 1 + 0.1 * draw(5), draw(5), draw(5), 0.95 + 0.1 * draw(5, 3), 2 + draw(5, 3)
+    e = _paper_l2(factor, energy, r, factors, distances)
+    mine = factor[:, None] * (energy[:, None] + 2 * r[:, None] * e + e.square())
+    torch.testing.assert_close(mine, factors * (distances - e).square())
+    plain = _paper_l2(torch.ones(5).double(), energy, r, torch.ones(5, 3).double(), distances)
+    torch.testing.assert_close(plain, (distances.square() - energy[:, None]) / (2 * (distances + r[:, None])))
+
+
+def test_estimates_are_for_abs(weights: Path) -> None:
     with pytest.raises(InputError, match="no estimated bounds"):
-        estimated_radii(model, torch.zeros(1, 1, 28, 28), torch.tensor([0]))  # type: ignore[arg-type]
+        estimated_radii(zoo.load("cnn", folder=weights), torch.zeros(1, 1, 28, 28), torch.tensor([0]))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="searches is 0"):
         estimated_radii(zoo.load("abs", folder=weights), torch.zeros(1, 1, 28, 28), torch.tensor([0]), searches=0)  # type: ignore[arg-type]

@@ -15,6 +15,14 @@ r = ||x - G_y(z*)|| and d_c = min_z ||x - G_c(z)|| without the prior's cost:
 * ``bisector``: min over c != y and over z of (||x - G_c(z)||^2 + beta/2 ||z||^2 - E_y) / (2 ||G_c(z) - G_y(z*)||): the
   distance to the plane where the explanation of the true class stops being the better one.
 
+With factors g_c on the energies, as Binary ABS has them, the same arguments hold for g_c E_c: ``paper-l2`` is the root
+e of g_y (E_y + 2 r e + e^2) = g_c (d_c - e)^2, ``lipschitz`` the least over c of (sqrt(g_c E_c) - sqrt(g_y E_y)) /
+(sqrt(g_c) + sqrt(g_y)).
+
+For a thresholded image the two are distances in the space of thresholded images, as in the paper, where every flipped
+pixel counts 1: an estimate e stands for at least e^2 flips. ``paper-l2-input`` and ``lipschitz-input`` say what that
+many flips cost in the image itself, where the pixels nearest to the threshold flip first.
+
 A misclassified image has all of them 0.
 """
 
@@ -29,29 +37,31 @@ from absynth.analysis import analyze
 from absynth.classifiers import ABS, IMAGE_CHUNK
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.errors import InputError
+from absynth.responses import Identity, Threshold
 
-NORM_OF = {"paper-l2": "l2", "paper-linf": "linf", "lipschitz": "l2", "bisector": "l2"}
+PLAIN = {"paper-l2": "l2", "paper-linf": "linf", "lipschitz": "l2", "bisector": "l2"}
+THRESHOLDED = {"paper-l2": "l2", "paper-l2-input": "l2", "lipschitz": "l2", "lipschitz-input": "l2"}
 
 
-def check_model(model: object) -> None:
-    """Raise InputError for a model that these estimates are not for."""
-    if not isinstance(model, ABS) or not torch.equal(model.scales, torch.ones_like(model.scales)):
-        raise InputError(
-            f"{type(model).__name__} has no estimated bounds: they are for ABS models without class scales, such as abs"
-        )
+def methods_of(model: object) -> dict[str, str]:
+    """The estimates there are for a model, each with its norm. Raises InputError for a model they are not for."""
+    if isinstance(model, ABS) and isinstance(model.response, Threshold):
+        return THRESHOLDED
+    if isinstance(model, ABS) and isinstance(model.response, Identity) and bool((model.scales == 1).all()):
+        return PLAIN
+    raise InputError(f"{type(model).__name__} has no estimated bounds: they are for abs and binary-abs")
 
 
 @torch.no_grad()
 def estimated_radii(
-    model: ABS, images: Tensor, labels: Tensor, *, searches: int = 3, steps: int = 20
+    model: ABS, images: Tensor, labels: Tensor, *, searches: int = 2, steps: int = 10
 ) -> dict[str, Tensor]:
-    """The four estimates (B,), float64, by name, of images (B,C,S,S) in [0,1] with labels (B,).
+    """The estimates (B,), float64, by name, of images (B,C,S,S) in [0,1] with labels (B,).
 
     ``searches``: from how many starting points a class each minimum is sought; ``steps``: of the descent behind
-    ``bisector``. Raises InputError for a model that is no ABS on the plain image with equal class scales: the
-    estimates are distances in the space that the decoders explain.
+    ``bisector``. Raises InputError for a model without them, see ``methods_of``.
     """
-    check_model(model)
+    methods = methods_of(model)
     if searches < 1 or steps < 0:
         raise InputError(f"searches is {searches} and steps {steps}; expected at least 1 and at least 0")
     model.check(images)
@@ -59,7 +69,14 @@ def estimated_radii(
         _estimates(model, to_blocks(chunk), label, searches, steps)
         for chunk, label in zip(model.response(images).split(IMAGE_CHUNK), labels.split(IMAGE_CHUNK), strict=True)
     ]
-    return {name: torch.cat([part[name] for part in parts]) for name in NORM_OF}
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if isinstance(model.response, Threshold):
+        costs = (images.flatten(1).double() - model.response.level).square().sort(dim=1).values.cumsum(1)  # (B,N)
+        for name in ("paper-l2", "lipschitz"):
+            flips = (found[name].square() * (1 - 1e-9)).ceil().long()  # at least so many; 0 where nothing is estimated
+            cheapest = costs.gather(1, (flips - 1).clamp(min=0)[:, None])[:, 0].sqrt()
+            found[f"{name}-input"] = torch.where(flips > 0, cheapest, 0.0)
+    return {name: found[name] for name in methods}
 
 
 def _estimates(model: ABS, blocks: Tensor, labels: Tensor, searches: int, steps: int) -> dict[str, Tensor]:
@@ -86,23 +103,36 @@ def _estimates(model: ABS, blocks: Tensor, labels: Tensor, searches: int, steps:
     rows = torch.arange(count, device=blocks.device)
     energies, distances = best.energies.double(), near.double().sqrt()  # (B,K)
     own = torch.nn.functional.one_hot(labels, classes).bool()
+    factors = model.scales.double().expand(count, -1)  # (B,K)
+    true_factor = factors[rows, labels]
     true_energy, explanation = energies[rows, labels], best.blocks[rows, labels].double()  # (B,), (B,N)
     residual = blocks.double() - explanation
-    r = residual.norm(dim=1)
-    second = energies.masked_fill(own, torch.inf).amin(1)
-    paper = (distances.square() - true_energy[:, None]) / (2 * (distances + r[:, None]))
-    found_radii = {
+    paper = _paper_l2(true_factor, true_energy, residual.norm(dim=1), factors, distances)
+    roots, true_root = (factors * energies).sqrt(), (true_factor * true_energy).sqrt()
+    lipschitz = (roots - true_root[:, None]) / (factors.sqrt() + true_factor.sqrt()[:, None])
+    radii = {
         "paper-l2": paper.masked_fill(own, torch.inf).amin(1),
-        "paper-linf": _paper_linf(
-            model, blocks.double(), best.blocks.double(), own, true_energy, residual.abs().sum(1)
-        ),
-        "lipschitz": (second.sqrt() - true_energy.sqrt()) / 2,
-        "bisector": _bisector(
-            model, blocks, starts, best.latents, own, true_energy.float(), explanation.float(), steps
-        ),
+        "lipschitz": lipschitz.masked_fill(own, torch.inf).amin(1),
     }
-    right = second > true_energy
-    return {name: torch.where(right, radius.double().clamp(min=0), 0.0) for name, radius in found_radii.items()}
+    if isinstance(model.response, Identity):
+        radii["paper-linf"] = _paper_linf(
+            model, blocks.double(), best.blocks.double(), own, true_energy, residual.abs().sum(1)
+        )
+        radii["bisector"] = _bisector(
+            model, blocks, starts, best.latents, own, true_energy.float(), explanation.float(), steps
+        )
+    right = (roots.masked_fill(own, torch.inf).amin(1)) > true_root
+    return {name: torch.where(right, radius.double().clamp(min=0), 0.0) for name, radius in radii.items()}
+
+
+def _paper_l2(factor: Tensor, energy: Tensor, r: Tensor, factors: Tensor, distances: Tensor) -> Tensor:
+    """The root e (B,K) of factor (energy + 2 r e + e^2) = factors (distances - e)^2, at most ``distances``."""
+    # a e^2 + 2 b e + c = 0; with equal factors a = 0 and e = -c / 2b
+    a = factor[:, None] - factors
+    b = (factor * r)[:, None] + factors * distances
+    c = (factor * energy)[:, None] - factors * distances.square()
+    root = (b.square() - a * c).clamp(min=0).sqrt()
+    return torch.minimum(-c / (b + root), distances)
 
 
 def _starts(model: ABS, number: int, blocks: Tensor, searches: int) -> Tensor:

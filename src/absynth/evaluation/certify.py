@@ -154,8 +154,7 @@ def _certifier(model: Any, norms: Sequence[str]) -> tuple[Find, Methods]:
 
 
 def _estimator(model: Any, norms: Sequence[str]) -> tuple[Find, Methods]:
-    estimated.check_model(model)
-    methods = {method: (method, norm) for method, norm in estimated.NORM_OF.items() if norm in norms}
+    methods = {method: (method, norm) for method, norm in estimated.methods_of(model).items() if norm in norms}
     if not methods:
         raise InputError(f"norms are {', '.join(norms)}; estimates are for l2 and linf: choose among these")
     return lambda images, labels: estimated.estimated_radii(model, images, labels), methods
