@@ -16,7 +16,8 @@ box, r_i = 1 - x_i where p' - p is positive and x_i where it is negative (withou
 bisecting plane, b / ||p' - p||). For several p at once, L2 takes the Lagrange dual, whose value is a lower bound at
 *every* multiplier, however it was found.
 
-**Floating point.** Prototypes are screened in float32 with a margin far above its rounding; what decides is computed in
+**Floating point.** Prototypes are screened in float32, with a bound on its rounding taken off (Higham 2002, section
+3.1; tensor cores that round products to fewer bits must be off, as is PyTorch's default); what decides is computed in
 float64 from the stored float32 image and prototypes, and the result is lowered by ``MARGIN`` of itself. The deployed
 classifier rounds too: ``Prototypes.slack`` bounds by how much it may misjudge a difference of two f, and b is lowered
 by half of that. The certificate is for the prototypes as this machine decoded them.
@@ -36,10 +37,11 @@ from torch import Tensor
 
 from absynth.checks import check_images
 from absynth.errors import InputError
+from absynth.nearest import relative_error
 
 METHOD = "bisector"
 MARGIN = 1e-9  # relative: float64 sums of a thousand terms err by less than 1e-12
-SCREENING = 1e-3  # relative: float32 sums of a thousand terms err by less than 1e-4
+SCREENING = 1e-3  # relative: float32 sums of a thousand positive terms err by less than 1e-4
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,9 @@ class Certifier:
     def __init__(self, prototypes: Prototypes, *, near: int = 16, tried: int = 4, joint: int = 24) -> None:
         self.prototypes, self.near, self.tried, self.joint = prototypes, near, tried, joint
         self.squares = prototypes.points.square().sum(1)  # (M,)
+        # by how much float32 products of an image or a prototype with a prototype may err, in any order of summation
+        largest = float((self.squares + prototypes.costs + 2 * prototypes.points.abs().sum(1)).max())
+        self.error = relative_error(prototypes.points.shape[1] + 4) * 2 * largest
         order = prototypes.labels
         if bool((order[1:] < order[:-1]).any()):
             raise InputError("the prototypes are not sorted by label: sort points, costs and labels together")
@@ -153,13 +158,14 @@ class Certifier:
         energies = self.squares + self.prototypes.costs - 2 * (points @ image)  # (M,), up to ||x||^2
         own = first + energies[first:last].topk(min(self.near, last - first), largest=False).indices  # (T,)
         # the unbounded L2 distance to every bisecting plane tells which p of its own class to hold against a rival
-        apart = (self.squares[:, None] + self.squares[own] - 2 * (points @ points[own].T)).clamp(min=1e-12).sqrt()
-        thresholds = (energies[:, None] - energies[own] - self.prototypes.slack) / 2  # (M,T)
+        apart = (self.squares[:, None] + self.squares[own] - 2 * (points @ points[own].T)).clamp(min=0)
+        apart = (apart + self.error).sqrt()  # at least the distance
+        thresholds = (energies[:, None] - energies[own] - self.prototypes.slack - self.error) / 2  # (M,T), at most b
         distances, best = (thresholds / apart).topk(min(self.tried, len(own)), dim=1)  # (M,t)
         threshold = thresholds.gather(1, best[:, :1])[:, 0]
         distance = distances[:, 0]
         distance[first:last] = torch.inf  # the true class's own claim nothing
-        return Planes(self.prototypes, image, own, best, threshold, distance)
+        return Planes(self.prototypes, image, own, best, threshold, distance, self.error)
 
     def broken(self, image: Tensor, label: int) -> bool:
         """Whether an image (N,), float64, is nearer to a prototype of another class; a tie is broken."""
@@ -181,7 +187,8 @@ class Planes:
 
     ``own`` (T,) are the prototypes of the true class nearest to it. For every prototype p' of all, ``best`` (M,t) are
     the most promising of them, as indices into ``own``; ``thresholds`` (M,) the b of the first, and ``distances`` (M,)
-    its L2 distance without the box, infinite for prototypes of the true class: both float32, of what is only screened.
+    its L2 distance without the box, infinite for prototypes of the true class: in float32, for screening, and lowered
+    by what that may err. ``error`` bounds the error of a float32 product of two images.
     """
 
     prototypes: Prototypes
@@ -190,6 +197,7 @@ class Planes:
     best: Tensor
     thresholds: Tensor
     distances: Tensor
+    error: float
 
     @property
     def exact(self) -> Tensor:
@@ -214,7 +222,7 @@ class Planes:
         if norm == "l2":
             bounds = self.distances  # the box can only make it more
         elif norm == "linf":
-            bounds = self.thresholds / (self._reach() + 0.05)  # more than its rounding
+            bounds = self.thresholds / (self._reach() + self.error)
         else:
             bounds = self.thresholds  # no pixel gains more than 1, nor more than it moves
         bounds = torch.where(self.thresholds > 0, bounds * (1 - SCREENING), -torch.inf)
@@ -226,6 +234,7 @@ class Planes:
         points = self.prototypes.points
         black, white = self.image == 0, self.image == 1
         gray = (~(black | white)).nonzero()[:, 0]
+        # products of 1 and -1 with at most N values: their rounding is within ``error`` as long as ||p||_1 is
         reach = points @ (black.float() - white.float()) + white.sum()
         ours = points[self.own][:, gray][self.best[:, 0]]  # (M,g)
         return reach + (points[:, gray] - ours).abs_().sum(1)

@@ -52,7 +52,10 @@ def rounding_slack(points: Tensor, offsets: Tensor) -> float:
     order, errs by at most n u / (1 - n u) times the sum of its terms' magnitudes (Higham 2002, section 3.1), which is
     at most the offset plus ||p||_1. The best by score is then within twice that error of the best, in half units.
     """
-    terms = points.shape[1] + 2
+    return 4 * relative_error(points.shape[1] + 2) * float((offsets.abs() + points.abs().sum(1)).max())
+
+
+def relative_error(terms: int) -> float:
+    """n u / (1 - n u) for n terms in float32: the most by which their sum errs, relative to the sum of magnitudes."""
     unit = 2.0**-24
-    error = terms * unit / (1 - terms * unit) * float((offsets.abs() + points.abs().sum(1)).max())
-    return 4 * error
+    return terms * unit / (1 - terms * unit)
