@@ -45,6 +45,15 @@ CONTRAST = (
 )  # fmt: skip
 
 
+# Small moves first, then larger ones against learning the training images by heart.
+PROTOTYPES = (
+    PrototypeConfig(),
+    PrototypeConfig(
+        epochs=3, margin=1.0, augmentation=Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, bicubic=True)
+    ),
+)
+
+
 class Run:
     """One training: its data, its place on disk, and how it reports."""
 
@@ -223,30 +232,39 @@ def _train_prototype_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], di
         train("abs", run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress)
     plain = zoo.load(source)
     assert isinstance(plain, ABS)
-    base = PrototypeConfig(seed=run.seed)
     smallest = int(run.train[1].bincount().min())
-    config = replace(base, epochs=max(1, round(base.epochs * effort)), count=min(base.count, smallest))
+    stages = [
+        replace(
+            stage, epochs=max(1, round(stage.epochs * effort)), count=min(stage.count, smallest),
+            seed=100 * run.seed + number,
+        )
+        for number, stage in enumerate(PROTOTYPES)
+    ]  # fmt: skip
+    config = stages[0]
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(run.seed)
     moved = torch.cat([augment(chunk, config.augmentation, generator) for chunk in run.train[0].split(1000)])
     latents = explanations(plain, torch.cat([run.train[0], moved]), run.train[1].repeat(2), progress=run.progress)
-    starts = torch.stack([choose_candidates(one, config.count, run.seed) for one in latents])
+    found = torch.stack([choose_candidates(one, config.count, run.seed) for one in latents])
     channels, size = plain.image_shape
-    sizes = VAEConfig(size, channels, starts.shape[2])
-    decoders, found = train_prototypes(
-        list(plain.decoders), starts, *run.train, sizes, config,  # type: ignore[arg-type]
-        checkpoint=run.checkpoints / "prototypes.safetensors", progress=run.progress,
-    )  # fmt: skip
-    model = PrototypeABS(decoders, found.half().float(), beta=config.beta)
+    sizes = VAEConfig(size, channels, found.shape[2])
+    decoders: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
+    for number, stage in enumerate(stages):
+        decoders, found = train_prototypes(
+            decoders, found, *run.train, sizes, stage,
+            checkpoint=run.checkpoints / f"prototypes-{number}.safetensors", progress=run.progress,
+        )  # fmt: skip
+        found = found.half().float()  # as they are stored
+    model = PrototypeABS(decoders, found, beta=config.beta)
     images, labels = run.held_out
     logits = batched(model, images)
     calibration = calibrate(-logits, labels)
     model.alpha, model.eta = calibration.alpha, calibration.eta
     model.refusal = refusal_threshold(model.posterior(logits))
     settings = {
-        "classes": run.classes, "image_size": size, "channels": channels, "latent_size": starts.shape[2],
+        "classes": run.classes, "image_size": size, "channels": channels, "latent_size": found.shape[2],
         "beta": config.beta, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
-        "decoders_digest": zoo.read(source).digest, "training": asdict(config),
+        "decoders_digest": zoo.read(source).digest, "training": [asdict(stage) for stage in stages],
     }  # fmt: skip
     tensors = {f"{number}.latents": one.half() for number, one in enumerate(found)}
     tensors |= decoder_tensors(decoders)
