@@ -19,7 +19,6 @@ def write_all(folder: Path, *, refusal: float = 0.0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         _write_abs(folder, refusal)
-        _write_prototype_abs(folder, refusal)
         binary = {"threshold": 0.5, "alpha": 440.0, "eta": 1e-6, "refusal": refusal}
         binary["decoders_digest"] = zoo.read(folder / "abs.safetensors").digest
         write(folder, "binary-abs", {"scales": torch.linspace(0.9, 1.1, 10)}, binary)
@@ -28,6 +27,7 @@ def write_all(folder: Path, *, refusal: float = 0.0) -> Path:
             model = Binarized(network) if name == "binary-cnn" else network
             write(folder, name, model.state_dict(), {"maps": maps, "classes": 10, "binarized": name == "binary-cnn"})
         write(folder, "madry", {key: value.half() for key, value in MadryCNN().state_dict().items()}, {"classes": 10})
+        _write_prototype_abs(folder, refusal)
     images, labels = data.load("digits", "train")
     stored = {"images": (images * 255).round().to(torch.uint8)[:200], "labels": labels.to(torch.uint8)[:200]}
     write(folder, "nearest-neighbor", stored, {"classes": 10})

@@ -117,11 +117,11 @@ def describe_model(name: str, *, folder: str | Path | None = None, root: str | P
 
 
 def count_parameters(file: zoo.WeightFile) -> int:
-    """Trained numbers in a weight file: weights and biases of layers, factors on the energies."""
+    """Trained numbers in a weight file: weights and biases of layers, factors on the energies, prototypes' latents."""
     return sum(
         tensor.numel()
         for name, tensor in file.tensors.items()
-        if name.rsplit(".", 1)[-1] in ("weight", "bias", "scales")
+        if name.rsplit(".", 1)[-1] in ("weight", "bias", "scales", "latents")
     )
 
 

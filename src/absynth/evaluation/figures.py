@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from absynth.evaluation.distal import Distal
-from absynth.evaluation.paper import MODELS, published_curve
+from absynth.evaluation.paper import NAMES, published_curve
 from absynth.evaluation.summary import THRESHOLDS, ModelSummary
 
 #: Colors that are told apart on white and on black.
@@ -41,7 +41,7 @@ _GRAY = 0.55
 
 def display_name(model: str) -> str:
     """The paper's name of a model of the zoo, other names as they are."""
-    return MODELS.get(model, model)
+    return NAMES.get(model, model)
 
 
 def model_color(model: str, place: int = 0) -> str:

@@ -15,7 +15,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-#: The paper's order and names; ours last.
+#: The paper's order and names.
 MODELS: Mapping[str, str] = {
     "cnn": "CNN",
     "binary-cnn": "Binary CNN",
@@ -23,8 +23,9 @@ MODELS: Mapping[str, str] = {
     "madry": "Madry et al.",
     "binary-abs": "Binary ABS",
     "abs": "ABS",
-    "prototype-abs": "Prototype ABS",
 }
+#: These, and the models that the paper does not have.
+NAMES: Mapping[str, str] = {**MODELS, "prototype-abs": "Prototype ABS"}
 
 
 @dataclass(frozen=True)

@@ -319,7 +319,7 @@ def _embedded(figure: Any) -> dict[str, Any]:
 
 def _ordered(summary: Summary) -> Summary:
     """Models in the paper's order, others after them."""
-    known = list(paper.MODELS)
+    known = list(paper.NAMES)
     models = sorted(summary.models, key=lambda m: (known.index(m.name) if m.name in known else len(known), m.name))
     return Summary(tuple(models), summary.facts)
 
