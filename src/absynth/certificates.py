@@ -229,15 +229,13 @@ class Planes:
         return torch.where(torch.isinf(self.distances), torch.inf, bounds)
 
     def _reach(self) -> Tensor:
-        """At least the sum (M,) of the slopes that have room: where x = 0, (p' - p)+ is at most p'; where x = 1,
-        (p - p')+ is at most 1 - p'; in between, the slope itself."""
-        points = self.prototypes.points
-        black, white = self.image == 0, self.image == 1
-        gray = (~(black | white)).nonzero()[:, 0]
-        # products of 1 and -1 with at most N values: their rounding is within ``error`` as long as ||p||_1 is
-        reach = points @ (black.float() - white.float()) + white.sum()
-        ours = points[self.own][:, gray][self.best[:, 0]]  # (M,g)
-        return reach + (points[:, gray] - ours).abs_().sum(1)
+        """At least the sum (M,) of the slopes that have room, by one product: for values in [0,1], (p' - p)+ is at most
+        p' (1 - p), (p - p')+ at most p (1 - p'), and |p' - p| at most their sum."""
+        black, white = self.image == 0, self.image == 1  # pixels that cannot fall, that cannot rise
+        ours = self.prototypes.points[self.own]  # (T,N)
+        weights = (~white) * (1 - ours) - (~black) * ours
+        products = self.prototypes.points @ weights.T + ((~black) * ours).sum(1)  # (M,T)
+        return products.gather(1, self.best[:, :1])[:, 0]
 
     def fine(self, norm: str, rivals: Tensor) -> Tensor:
         """Lower bounds (r,) of what rivals (r,) ask for, in float32, from the first of their planes alone."""

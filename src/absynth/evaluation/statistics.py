@@ -39,4 +39,5 @@ def wilson_interval(successes: int, count: int) -> Interval:
     share, z2 = successes / count, _Z**2
     center = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return (max(0.0, center - half), min(1.0, center + half))
+    # exactly 0 and 1 at the ends, where rounding would leave 1e-19
+    return (max(0.0, center - half) if successes else 0.0, min(1.0, center + half) if successes < count else 1.0)
