@@ -39,9 +39,10 @@ def main() -> None:
     started = time.perf_counter()
     certified = certifier.radii(images, labels, ("l2",))["l2"]
     seconds = (time.perf_counter() - started) / len(images)
-    exact = [
-        exact_distance(certifier, image.flatten(), int(label)) for image, label in zip(images, labels, strict=True)
-    ]
+    exact = []
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        exact.append(exact_distance(certifier, image.flatten(), int(label)))
+        print(f"{number + 1} of {len(images)}: {exact[-1].lower:.4f} to {exact[-1].upper:.4f}", file=sys.stderr)
     proposals = BoundaryProjection(norm=L2)(model, images, Goal.untargeted(labels, 1e-6), torch.arange(len(images)))
     held = is_broken(model(proposals.images), labels) & proposals.found
     attacked = torch.where(held, L2.distance(proposals.images, images), torch.inf)
