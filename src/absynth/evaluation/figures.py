@@ -61,7 +61,10 @@ def accuracy_curves(models: Sequence[ModelSummary], norm: str) -> Figure:
         if (published := published_curve(model.name, norm)) is not None:
             axes.plot(published[0], 100 * np.array(published[1]), "--", color=color, linewidth=1.0, alpha=0.8)
         if radii := certified_radii(model, norm):
-            distance, accuracy = curve(list(radii.values()), WIDEST[norm])
+            # under the attacks' curve belong the same images: others may be easier
+            attacked = model.norms[norm].all.distances if norm in model.norms else radii
+            shown = [radius for image, radius in radii.items() if image in attacked] or list(radii.values())
+            distance, accuracy = curve(shown, WIDEST[norm])
             axes.step(distance, accuracy, where="post", color=color, linestyle=":", linewidth=1.6)
     axes.axvline(THRESHOLDS[norm], color=_INK, linewidth=0.8, alpha=0.5)
     axes.set(xlabel=f"{LABELS[norm]} distance", ylabel="accuracy (%)", xlim=(0, WIDEST[norm]), ylim=(0, 101))
