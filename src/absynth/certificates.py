@@ -155,10 +155,13 @@ class Certifier:
         first, last = torch.searchsorted(labels, torch.tensor([label, label + 1], device=labels.device)).tolist()
         if first == last:
             raise InputError(f"label is {label}, of which there is no prototype: give labels of the model's classes")
-        energies = self.squares + self.prototypes.costs - 2 * (points @ image)  # (M,), up to ||x||^2
-        own = first + energies[first:last].topk(min(self.near, last - first), largest=False).indices  # (T,)
+        fixed = self.squares + self.prototypes.costs  # (M,): energies up to ||x||^2 - 2 x . p
+        mine = fixed[first:last] - 2 * (points[first:last] @ image)
+        own = first + mine.topk(min(self.near, last - first), largest=False).indices  # (T,)
+        products = points @ torch.cat([points[own], image[None]]).T  # (M,T+1), in one pass over the prototypes
+        energies = fixed - 2 * products[:, -1]  # (M,)
         # the unbounded L2 distance to every bisecting plane tells which p of its own class to hold against a rival
-        apart = (self.squares[:, None] + self.squares[own] - 2 * (points @ points[own].T)).clamp(min=0)
+        apart = (self.squares[:, None] + self.squares[own] - 2 * products[:, :-1]).clamp(min=0)
         apart = (apart + self.error).sqrt()  # at least the distance
         thresholds = (energies[:, None] - energies[own] - self.prototypes.slack - self.error) / 2  # (M,T), at most b
         distances, best = (thresholds / apart).topk(min(self.tried, len(own)), dim=1)  # (M,t)
