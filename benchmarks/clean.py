@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import absynth
 from absynth import data, zoo
-from absynth.classifiers import ABS
+from absynth.classifiers import Calibrated
 from absynth.quickstart import without_digits
 from absynth.training.classifiers import robust_accuracy
 
@@ -30,11 +30,11 @@ def logits_of(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def confidence(model: nn.Module, images: Tensor) -> dict[str, float]:
-    """Median of the largest probability, and for ABS the share of images it refuses."""
+    """Median of the largest probability, and for ABS and its kin the share of images it refuses."""
     logits = logits_of(model, images)
-    probabilities = model.posterior(logits) if isinstance(model, ABS) else logits.softmax(1)
+    probabilities = model.posterior(logits) if isinstance(model, Calibrated) else logits.softmax(1)
     found = {"median": probabilities.amax(1).median().item()}
-    if isinstance(model, ABS):
+    if isinstance(model, Calibrated):
         found["refused"] = model.refuses(probabilities).float().mean().item()
     return found
 
@@ -44,7 +44,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--noise", type=int, default=1000)
     parser.add_argument("--released")
-    parser.add_argument("--models", default="abs,binary-abs,cnn,binary-cnn,transfer-cnn,nearest-neighbor,madry")
+    parser.add_argument(
+        "--models", default="abs,binary-abs,cnn,binary-cnn,transfer-cnn,nearest-neighbor,madry,prototype-abs"
+    )
     arguments = parser.parse_args()
     images, labels = (tensor[: arguments.images] for tensor in data.load("mnist", "test"))
     noise, shuffled = without_digits(images[: arguments.noise])

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from absynth.baselines import NearestNeighbor
-from absynth.certificates import Box, Prototypes, certified_radii, least_norm
+from absynth.certificates import Prototypes, certified_radii
 from absynth.errors import InputError
+from absynth.least import Box, least_norm
 from absynth.norms import NORMS
 
 ALL = ("l0", "l1", "l2", "linf")

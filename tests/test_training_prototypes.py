@@ -88,6 +88,26 @@ def test_the_recipe_writes_a_model_that_loads_and_certifies(tmp_path: Path) -> N
     assert bool((certified_radii(model, images[:3], model(images[:3]).argmax(1))["l2"] > 0).all())
 
 
+def test_a_killed_training_goes_on_from_its_centers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_all(tmp_path)
+    (tmp_path / "prototype-abs.safetensors").unlink()
+
+    def stop(done: int, total: int, text: str) -> None:
+        if text.startswith("prototypes"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("prototype-abs", "digits", out=tmp_path, effort=0.25, progress=stop)
+    assert (tmp_path / "prototype-abs.training" / "centers.safetensors").exists()
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("explained again")
+
+    monkeypatch.setattr("absynth.training.recipes.explanations", never)
+    assert train("prototype-abs", "digits", out=tmp_path, effort=0.25).exists()
+    assert not (tmp_path / "prototype-abs.training").exists()
+
+
 def test_explanations_are_in_the_order_of_the_images(tmp_path: Path) -> None:
     write_all(tmp_path)
     model = zoo.load("abs", folder=tmp_path)

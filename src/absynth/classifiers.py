@@ -5,6 +5,7 @@ Source: Schott et al. 2019 (arXiv 1805.09190), sections 3 and 4.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class Analysis:
         return self.energies.argmin(1)
 
 
-class Calibrated(nn.Module):
+class Calibrated(nn.Module, ABC):
     """A classifier whose logits are minus energies, with the posterior of the paper.
 
         p(c|x) = (exp(-alpha E_c) + eta) / sum_k (exp(-alpha E_k) + eta)
@@ -54,13 +55,13 @@ class Calibrated(nn.Module):
         self.alpha, self.eta, self.refusal = alpha, eta, refusal
 
     @property
+    @abstractmethod
     def image_shape(self) -> tuple[int, int]:
         """(C, S): channels and pixels a side."""
-        raise NotImplementedError
 
+    @abstractmethod
     def analyze(self, images: Tensor) -> Analysis:
         """Images (B,C,S,S) -> how every class explains them."""
-        raise NotImplementedError
 
     def probabilities(self, images: Tensor) -> Tensor:
         """The calibrated posterior (B,K) of images (B,C,S,S); differentiable."""

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from absynth.certificates import MARGIN, Certifier, least_l2_joint
+from absynth.certificates import Certifier
 from absynth.errors import InputError
+from absynth.least import MARGIN, least_l2_joint
 
 FINE = 4000  # rivals whose bounds are screened
 ROUNDS = 12  # of adding planes
@@ -35,11 +36,6 @@ class Exact:
     lower: float
     upper: float
     adversarial: Tensor | None
-
-    @property
-    def gap(self) -> float:
-        """upper / lower - 1: 0 where the two meet."""
-        return math.inf if self.lower == 0 else self.upper / self.lower - 1
 
 
 @torch.no_grad()

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from absynth import data, zoo
 from absynth.analysis import analyze
-from absynth.classifiers import ABS
+from absynth.classifiers import ABS, Calibrated
 from absynth.decoding import to_blocks
 from absynth.errors import InputError, unknown_name
 from absynth.prototypes import PrototypeABS
 from absynth.responses import Threshold
 from absynth.training.augment import Augmentation, augment
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
+from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
 from absynth.training.contrast import ContrastConfig, sharpen
 from absynth.training.generative import GenerativeConfig, train_classes
@@ -177,21 +178,25 @@ def assemble_abs(
     """Calibrate on the held-out images, measure on the test images, and name the tensors."""
     candidates = candidates.half().float()  # as they are stored
     model = ABS(decoders, candidates, beta=config.beta)
+    tensors = {"candidates": candidates.half(), **decoder_tensors(decoders)}
+    contrast = [asdict(cycle) for cycle in cycles]
+    return tensors, _calibrated(run, model, config.latent_size, config.beta, training=asdict(config), contrast=contrast)
+
+
+def _calibrated(run: Run, model: Calibrated, latent_size: int, beta: float, **settings: Any) -> dict[str, Any]:
+    """Choose alpha, eta and the refusal of ``model`` on the held-out images; the header of its weight file."""
     images, labels = run.held_out
     logits = batched(model, images)
     calibration = calibrate(-logits, labels)
     model.alpha, model.eta = calibration.alpha, calibration.eta
     model.refusal = refusal_threshold(model.posterior(logits))
-    clean = accuracy(model, *run.test)
     channels, size = model.image_shape
-    settings = {
-        "classes": run.classes, "image_size": size, "channels": channels, "latent_size": config.latent_size,
-        "beta": config.beta, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
-        "training": asdict(config), "contrast": [asdict(cycle) for cycle in cycles],
+    config = {
+        "classes": run.classes, "image_size": size, "channels": channels, "latent_size": latent_size, "beta": beta,
+        "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal, **settings,
     }  # fmt: skip
-    tensors = {"candidates": candidates.half(), **decoder_tensors(decoders)}
     held_out = (logits.argmax(1) == labels).float().mean().item()
-    return tensors, run.header(settings, clean, held_out_accuracy=held_out)
+    return run.header(config, accuracy(model, *run.test), held_out_accuracy=held_out)
 
 
 def decoder_tensors(decoders: list[Decoder]) -> dict[str, Tensor]:
@@ -204,12 +209,18 @@ def decoder_tensors(decoders: list[Decoder]) -> dict[str, Tensor]:
     }
 
 
-def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _plain_abs(run: Run, effort: float) -> tuple[ABS, str]:
+    """The ABS whose weights lie in the run's folder, trained if they do not; and their digest."""
     source = run.out / "abs.safetensors"
     if not source.exists():
         train("abs", run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress)
     plain = zoo.load(source)
     assert isinstance(plain, ABS)
+    return plain, zoo.read(source).digest
+
+
+def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    plain, source = _plain_abs(run, effort)
     images, labels = run.held_out
     response = Threshold()
     model = ABS(list(plain.decoders), plain.candidates, response=response, beta=plain.beta)
@@ -221,17 +232,13 @@ def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[
     model.refusal = refusal_threshold(model.posterior(-energies * model.scales))
     settings = {
         "threshold": response.level, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
-        "decoders_digest": zoo.read(source).digest,
+        "decoders_digest": source,
     }  # fmt: skip
     return {"scales": model.scales}, run.header(settings, accuracy(model, *run.test))
 
 
 def _train_prototype_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    source = run.out / "abs.safetensors"
-    if not source.exists():
-        train("abs", run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress)
-    plain = zoo.load(source)
-    assert isinstance(plain, ABS)
+    plain, source = _plain_abs(run, effort)
     smallest = int(run.train[1].bincount().min())
     stages = [
         replace(
@@ -240,12 +247,7 @@ def _train_prototype_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], di
         )
         for number, stage in enumerate(PROTOTYPES)
     ]  # fmt: skip
-    config = stages[0]
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(run.seed)
-    moved = torch.cat([augment(chunk, config.augmentation, generator) for chunk in run.train[0].split(1000)])
-    latents = explanations(plain, torch.cat([run.train[0], moved]), run.train[1].repeat(2), progress=run.progress)
-    found = torch.stack([choose_candidates(one, config.count, run.seed) for one in latents])
+    found = _first_prototypes(run, plain, source, stages[0])
     channels, size = plain.image_shape
     sizes = VAEConfig(size, channels, found.shape[2])
     decoders: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
@@ -255,21 +257,25 @@ def _train_prototype_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], di
             checkpoint=run.checkpoints / f"prototypes-{number}.safetensors", progress=run.progress,
         )  # fmt: skip
         found = found.half().float()  # as they are stored
-    model = PrototypeABS(decoders, found, beta=config.beta)
-    images, labels = run.held_out
-    logits = batched(model, images)
-    calibration = calibrate(-logits, labels)
-    model.alpha, model.eta = calibration.alpha, calibration.eta
-    model.refusal = refusal_threshold(model.posterior(logits))
-    settings = {
-        "classes": run.classes, "image_size": size, "channels": channels, "latent_size": found.shape[2],
-        "beta": config.beta, "alpha": model.alpha, "eta": model.eta, "refusal": model.refusal,
-        "decoders_digest": zoo.read(source).digest, "training": [asdict(stage) for stage in stages],
-    }  # fmt: skip
-    tensors = {f"{number}.latents": one.half() for number, one in enumerate(found)}
-    tensors |= decoder_tensors(decoders)
-    held_out = (logits.argmax(1) == labels).float().mean().item()
-    return tensors, run.header(settings, accuracy(model, *run.test), held_out_accuracy=held_out)
+    model = PrototypeABS(decoders, found, beta=stages[0].beta)
+    tensors = {f"{number}.latents": one.half() for number, one in enumerate(found)} | decoder_tensors(decoders)
+    training = [asdict(stage) for stage in stages]
+    return tensors, _calibrated(run, model, found.shape[2], stages[0].beta, decoders_digest=source, training=training)
+
+
+def _first_prototypes(run: Run, plain: ABS, source: str, config: PrototypeConfig) -> Tensor:
+    """Centers (K,M,D) of the latents that explain the training images and a moved copy of each; kept in a checkpoint,
+    because a resumed training must go on from the very same ones."""
+    file = run.checkpoints / "centers.safetensors"
+    identity = {"model": "prototype-abs centers", "config": asdict(config), "abs": source, "data": run.data_digest}
+    if (saved := load_checkpoint(file, expect=identity)) is not None:
+        return saved[0]["centers"]
+    generator = torch.Generator().manual_seed(run.seed)
+    moved = torch.cat([augment(chunk, config.augmentation, generator) for chunk in run.train[0].split(1000)])
+    latents = explanations(plain, torch.cat([run.train[0], moved]), run.train[1].repeat(2), progress=run.progress)
+    centers = torch.stack([choose_candidates(one, config.count, run.seed) for one in latents])
+    save_checkpoint(file, {"centers": centers}, identity)
+    return centers
 
 
 @torch.no_grad()
