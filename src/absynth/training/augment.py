@@ -1,4 +1,4 @@
-"""Small random affine changes of a batch of images, each image with its own."""
+"""Small random changes of a batch of images, affine and elastic, each image with its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+ELASTIC_KNOTS = 5  # a side: the displacement is drawn on so coarse a grid and interpolated
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -18,6 +20,7 @@ class Augmentation:
     zoom: float = 0.1  # 0.1: between 0.9 and 1.1 times the size
     shear: float = 6.0  # degrees
     shift: float = 1.5  # pixels, in each direction
+    elastic: float = 0.0  # pixels: standard deviation of a smooth random displacement
     bicubic: bool = False  # keeps strokes crisp, where bilinear interpolation blurs them
 
 
@@ -26,7 +29,7 @@ def augment(images: Tensor, amount: Augmentation, generator: torch.Generator) ->
 
     Draws from ``generator`` (on the CPU) alone, so that the same state gives the same images.
     """
-    if not any((amount.rotation, amount.zoom, amount.shear, amount.shift)):
+    if not any((amount.rotation, amount.zoom, amount.shear, amount.shift, amount.elastic)):
         return images
     uniform = torch.rand(len(images), 5, generator=generator).mul(2).sub(1).to(images.device)  # (B,5) in [-1,1]
     angle = uniform[:, 0] * math.radians(amount.rotation)
@@ -36,5 +39,9 @@ def augment(images: Tensor, amount: Augmentation, generator: torch.Generator) ->
     cosine, sine = angle.cos() * scale, angle.sin() * scale
     rows = torch.stack([cosine, shear * cosine - sine, shift[:, 0], sine, shear * sine + cosine, shift[:, 1]], dim=1)
     grid = F.affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)  # (B,2,3) -> (B,S,S,2)
+    if amount.elastic:
+        knots = torch.randn(len(images), 2, ELASTIC_KNOTS, ELASTIC_KNOTS, generator=generator).to(images.device)
+        bends = F.interpolate(knots, size=images.shape[-2:], mode="bicubic", align_corners=True)  # (B,2,S,S)
+        grid = grid + bends.permute(0, 2, 3, 1) * (2 * amount.elastic / images.shape[-1])
     mode = "bicubic" if amount.bicubic else "bilinear"
     return F.grid_sample(images, grid, mode=mode, align_corners=False).clamp(0, 1)  # bicubic overshoots, rounding too

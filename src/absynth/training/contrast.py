@@ -7,13 +7,13 @@ of class y and rival c, the loss
     E_y(x) + weight * temperature * softplus((E_y(x) + margin - E_c(x)) / temperature)
 
 is descended in the decoders' weights. By the envelope theorem its gradient needs no derivative of the minimizing
-latents: these are kept for every pair of image and class, and follow the decoders by preconditioned gradient steps.
+latents.
 
-Latents kept per image would let a decoder learn its training images by heart (LOG.md): so each image comes with
-slightly moved copies, which count as images of their own.
-
-No adversarial image is used. Within a round a class needs of the others only the energies of the round before, so
-classes train side by side. Batch norm stays in eval mode: the decoder is the one the analysis will use.
+Every round moves every training image afresh, at random: latents kept for an image, or for a few copies of it, let a
+decoder learn its training images by heart (LOG.md). So a round begins with a search for the latents: the best of the
+candidates, then a few Newton steps with the curvature of that candidate, for the true class and for the rivals that
+come close. No adversarial image is used. Within a round a class needs of the others only the energies of this search,
+so classes work side by side. Batch norm stays in eval mode: the decoder is the one the analysis will use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from absynth.analysis import Candidates
 from absynth.data import digest
@@ -44,27 +44,30 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastConfig:
-    """``rounds`` passes over all pairs; ``margin`` and ``temperature`` in units of un-normalized energy."""
+    """``rounds`` passes over all images; ``margin`` and ``temperature`` in units of un-normalized energy."""
 
-    rounds: int = 5
-    copies: int = 2  # of every image, beside the image itself
+    rounds: int = 8
     augmentation: Augmentation = field(
-        default_factory=lambda: Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.5, bicubic=True)
+        default_factory=lambda: Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.5, elastic=0.3, bicubic=True)
     )
     rivals: int = 2  # classes an image is contrasted with: those with the best candidates
-    margin: float = 10.0
-    temperature: float = 4.0
-    weight: float = 2.0
+    margin: float = 8.0
+    temperature: float = 3.0
+    weight: float = 3.0
     batch_size: int = 32
     learning_rate: float = 1e-3
-    latent_rate: float = 0.5
-    easy_share: float = 0.25  # share of the rivals that are not hard which a round visits; own images it visits all
+    settling: int = 2  # Newton steps of the search
     seed: int = 0
 
     @property
     def hard(self) -> float:
         """The gap below which a pair is hard."""
         return self.margin + 2 * self.temperature
+
+
+STAGES = 3  # of a round: compare with the candidates, settle the latents, train
+# A candidate's energy lies above that of its minimum: rivals are searched for up to this much beyond a hard gap.
+UNSETTLED = 20.0
 
 
 @dataclass
@@ -75,66 +78,86 @@ class Pairs:
     own: Tensor  # (P,) bool
     latents: Tensor  # (P,D)
     curvature: Tensor  # (P,D,D): inverse Gauss-Newton matrices of the candidates they started from
-    energies: Tensor  # (P,) of this class, at the last visit
+    energies: Tensor  # (P,) of this class
     others: Tensor  # (P,) of the class to be compared with: the true class for a rival, the best rival for its own
 
+    def gaps(self) -> Tensor:
+        """The rival's energy minus the true class's (P,)."""
+        return torch.where(self.own, self.others - self.energies, self.energies - self.others)
 
-def with_copies(images: Tensor, labels: Tensor, config: ContrastConfig) -> tuple[Tensor, Tensor]:
-    """Images (N,C,S,S) and labels (N,), followed by ``copies`` moved copies of all of them."""
-    generator = torch.Generator().manual_seed(config.seed)
-    moved = [
-        augment(chunk, config.augmentation, generator) for _ in range(config.copies) for chunk in images.split(1000)
-    ]
-    return torch.cat([images, *moved]), labels.repeat(1 + config.copies)
+
+def moved(
+    images: Tensor, config: ContrastConfig, round_number: int, response: nn.Module | None, chunk: int = 1000
+) -> Tensor:
+    """The images (N,C,S,S) of one round: each moved at random, then seen through the response."""
+    generator = torch.Generator().manual_seed(config.seed * 1000 + round_number)
+    parts = [augment(part, config.augmentation, generator) for part in images.split(chunk)]
+    return torch.cat([part if response is None else response(part) for part in parts])
 
 
 @torch.no_grad()
-def find_pairs(
-    decoders: Sequence[Decoder], candidates: Tensor, images: Tensor, labels: Tensor, config: ContrastConfig, beta: float
-) -> list[Pairs]:
-    """Every training image with its own class and its ``rivals`` best others, each at its best candidate."""
-    classes = len(decoders)
-    energies = torch.empty(len(images), classes)
-    chosen = torch.empty(len(images), classes, dtype=torch.int64)
-    curvatures = []
-    for number, decoder in enumerate(decoders):
-        folded = FoldedDecoder(decoder)
-        starts = Candidates(folded, candidates[number], beta)
-        curvatures.append(_inverse_curvatures(folded, candidates[number], beta))
-        for rows in torch.arange(len(images)).split(512):
-            blocks = to_blocks(images[rows])
-            scores = torch.addmm(starts.offsets, blocks, starts.points.T, alpha=-1)
-            best = scores.min(1)
-            energies[rows, number] = 2 * best.values + blocks.square().sum(1)
-            chosen[rows, number] = best.indices
+def best_candidates(folded: FoldedDecoder, latents: Tensor, images: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """Images (N,C,S,S) -> energies (N,) and indices (N,) of the best of the candidate latents (M,D) of one class."""
+    starts = Candidates(folded, latents, beta)
+    energies, chosen = [], []
+    for part in images.split(512):
+        blocks = to_blocks(part)
+        best = torch.addmm(starts.offsets, blocks, starts.points.T, alpha=-1).min(1)
+        energies.append(2 * best.values + blocks.square().sum(1))
+        chosen.append(best.indices)
+    return torch.cat(energies), torch.cat(chosen)
+
+
+def choose_rivals(energies: Tensor, labels: Tensor, config: ContrastConfig) -> Tensor:
+    """Which classes look at which images: (N,K) bool, from the candidates' energies (N,K). The true class always, and
+    the ``rivals`` best others where they come close."""
+    classes = energies.shape[1]
     own = torch.nn.functional.one_hot(labels, classes).bool()
-    rivals = energies.masked_fill(own, torch.inf).topk(min(config.rivals, classes - 1), largest=False).indices
-    wanted = own.scatter(1, rivals, True)
-    pairs = []
-    for number in range(classes):
-        rows = wanted[:, number].nonzero()[:, 0]
-        start = chosen[rows, number]
-        pairs.append(
-            Pairs(
-                images=rows,
-                own=labels[rows] == number,
-                latents=candidates[number][start].clone(),
-                curvature=curvatures[number][start],
-                energies=energies[rows, number].clone(),
-                others=torch.full((len(rows),), torch.nan),
-            )
-        )
-    return pairs
+    true = energies[own][:, None]  # (N,1)
+    others = energies.masked_fill(own, torch.inf)
+    near = others.topk(min(config.rivals, classes - 1), largest=False)
+    close = near.values - true < config.hard + UNSETTLED
+    return own.scatter(1, near.indices, close)
 
 
 @torch.no_grad()
-def _inverse_curvatures(folded: FoldedDecoder, latents: Tensor, beta: float) -> Tensor:
+def inverse_curvatures(folded: FoldedDecoder, latents: Tensor, beta: float) -> Tensor:
     """(J'J + beta/2 I)^-1 at latents (M,D): (M,D,D)."""
     found = []
     for chunk in latents.split(32):
         jacobian = folded.tangents(folded.activations(chunk))  # (M,D,N)
         found.append(torch.linalg.inv(jacobian @ jacobian.mT + beta / 2 * torch.eye(latents.shape[1])))
     return torch.cat(found)
+
+
+def settle(decoder: Decoder, pairs: Pairs, images: Tensor, config: ContrastConfig, beta: float) -> None:
+    """Newton steps of the latents, in place. One that raises the energy is taken back, and the next one is shorter."""
+    order = torch.arange(len(pairs.images)).split(64)
+    for rows in order:
+        targets, curvature = images[pairs.images[rows]], pairs.curvature[rows]
+        best, lowest = pairs.latents[rows], torch.full((len(rows),), torch.inf)
+        latents, newton, rate = best, torch.zeros_like(best), torch.ones(len(rows))
+        for step in range(config.settling + 1):
+            trial = latents.detach().requires_grad_(step < config.settling)
+            energies = _energies(decoder, trial, targets, beta)
+            better = energies.detach() < lowest
+            best = torch.where(better[:, None], trial.detach(), best)
+            lowest = torch.where(better, energies.detach(), lowest)
+            if step == config.settling:
+                break
+            (gradient,) = torch.autograd.grad(energies.sum(), trial)
+            # half the gradient, times the inverse of half the Hessian
+            fresh = (curvature @ (gradient / 2)[:, :, None])[:, :, 0]
+            rate = torch.where(better, rate, rate * 0.3)
+            newton = torch.where(better[:, None], fresh, newton)
+            latents = best - rate[:, None] * newton
+        pairs.latents[rows], pairs.energies[rows] = best, lowest
+
+
+def _energies(decoder: Decoder, latents: Tensor, targets: Tensor, beta: float) -> Tensor:
+    squared_error = (targets - decoder(latents)).square().flatten(1).sum(1)  # (b,)
+    energies: Tensor = squared_error + beta / 2 * latents.square().sum(1)
+    return energies
 
 
 def exchange(pairs: Sequence[Pairs], count: int) -> None:
@@ -152,36 +175,26 @@ def exchange(pairs: Sequence[Pairs], count: int) -> None:
 def train_round(
     decoder: Decoder, pairs: Pairs, images: Tensor, config: ContrastConfig, round_number: int, number: int, beta: float
 ) -> None:
-    """One pass of one class over its pairs, in place: the decoder's weights, the latents, the energies."""
+    """One pass of one class over its own images and its hard rivals, in place."""
     decoder.eval().requires_grad_(True)
-    decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
     optimizer = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed((config.seed * 1000 + number) * 1000 + round_number)
-    hard = torch.where(pairs.own, pairs.others - pairs.energies, pairs.energies - pairs.others) < config.hard
-    visited = pairs.own | hard | (torch.rand(len(hard), generator=generator) < config.easy_share)
-    shuffled = torch.randperm(len(hard), generator=generator)
+    visited = pairs.own | (pairs.gaps() < config.hard)
+    shuffled = torch.randperm(len(visited), generator=generator)
     order = shuffled[visited[shuffled]].split(config.batch_size)
     for step, rows in enumerate(order):
         done = (round_number + step / len(order)) / config.rounds
-        # the first tenth moves hardly anything but the latents, which are still those of the candidates
-        rate = config.learning_rate * min(1.0, done / 0.1 + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
-        optimizer.param_groups[0]["lr"] = rate
-        latents = pairs.latents[rows].requires_grad_(True)
-        squared_error = (images[pairs.images[rows]] - decoder(latents)).square().flatten(1).sum(1)  # (b,)
-        energies = squared_error + beta / 2 * latents.square().sum(1)
+        rate = config.learning_rate * min(1.0, done / 0.03 + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
+        # Adam's moments begin anew with each round: its first steps are small
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20)
+        energies = _energies(decoder, pairs.latents[rows], images[pairs.images[rows]], beta)
         own, others = pairs.own[rows], pairs.others[rows]
         gaps = torch.where(own, others - energies.detach(), energies.detach() - others)  # rival minus true
-        push = config.weight * torch.sigmoid((config.margin - gaps) / config.temperature).clamp(min=1e-6)
+        push = config.weight * torch.sigmoid((config.margin - gaps) / config.temperature)
         signs = torch.where(own, 1.0 + push, -push)  # the loss's derivative by this energy
         optimizer.zero_grad()
         torch.autograd.backward((signs * energies).sum() / len(rows))
         optimizer.step()
-        assert latents.grad is not None
-        gradient = latents.grad * (len(rows) / signs[:, None])  # of the energy alone: one backward pass does for both
-        # half the gradient, times the inverse of half the Hessian: a Newton step at latent_rate 1
-        newton = (pairs.curvature[rows] @ (gradient / 2)[:, :, None])[:, :, 0]
-        pairs.latents[rows] = latents.detach() - config.latent_rate * newton
-        pairs.energies[rows] = energies.detach()
     decoder.requires_grad_(False)
 
 
@@ -194,106 +207,160 @@ def sharpen(
     config: ContrastConfig | None = None,
     *,
     beta: float = 1.0,
+    response: nn.Module | None = None,
     checkpoint: str | Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Decoder], list[Tensor], list[Tensor]]:
     """Run all rounds: the new decoders and, for every class, the latents (P,D) of its own images and of its rivals',
-    copies included.
+    as the last round found them.
 
+    ``candidates`` (K,M,D) are where searches start; ``response`` is what the classifier will do to pixels.
     ``checkpoint`` names a file written after each round and continued from; resumed and uninterrupted runs end in the
     same weights. Raises InputError for a checkpoint of another configuration, of other decoders or of other data.
     """
     config = config or ContrastConfig()
     classes = len(decoders)
     identity = {
-        "model": "contrast", "config": asdict(config),
+        "model": "contrast", "config": asdict(config), "response": repr(response),
         "data_digest": digest(images, labels, candidates, *(t for d in decoders for t in d.state_dict().values())),
     }  # fmt: skip
-    images, labels = with_copies(images, labels, config)
-    weights = [decoder.state_dict() for decoder in decoders]
-    saved = load_checkpoint(checkpoint, expect=identity) if checkpoint is not None else None
-    if saved is None:
-        first, pairs = 0, find_pairs(decoders, candidates, images, labels, config, beta)
-    else:
-        first, (weights, pairs) = int(saved[1]["round"]), _from_tensors(saved[0], classes)
-    pixels = images.numpy()
+    weights: list[dict[str, Any]] = [_arrays(decoder.state_dict()) for decoder in decoders]
+    latents: list[tuple[Tensor, Tensor]] = []
+    first = 0
+    if checkpoint is not None and (saved := load_checkpoint(checkpoint, expect=identity)) is not None:
+        first, (weights, latents) = int(saved[1]["round"]), _from_tensors(saved[0], classes)
     workers = workers or min(os.cpu_count() or 1, classes)
     context = multiprocessing.get_context("spawn")
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(pixels, sizes))
+    settings = {"images": images.numpy(), "sizes": sizes, "config": config, "beta": beta, "response": response}
+    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(settings,))
+    with children_ignore_interrupts():  # the workers start with the first job
+        executor.submit(int).result()
+
+    def each_class(work: Callable[..., Any], round_number: int, stage: int, *arguments: Sequence[Any]) -> list[Any]:
+        """``work`` for every class side by side; ``arguments`` hold one entry a class."""
+        with children_ignore_interrupts():
+            jobs = [
+                executor.submit(work, round_number, number, *given)
+                for number, given in enumerate(zip(*arguments, strict=True))
+            ]
+        results = []
+        for number, job in enumerate(jobs):
+            results.append(job.result())
+            if progress is not None:
+                done = (round_number * STAGES + stage) * classes + number + 1
+                progress(
+                    done, STAGES * config.rounds * classes, f"contrast, round {round_number + 1} of {config.rounds}"
+                )
+        return results
+
     try:
         for round_number in range(first, config.rounds):
+            starts = [one.numpy() for one in candidates]
+            scanned = each_class(_scan, round_number, 0, weights, starts)
+            energies = torch.stack([torch.from_numpy(found[0]) for found in scanned], dim=1)  # (N,K)
+            wanted = choose_rivals(energies, labels, config).T.numpy()
+            own = torch.nn.functional.one_hot(labels, classes).T.numpy().astype(bool)
+            chosen = [found[1] for found in scanned]
+            settled = each_class(_settle, round_number, 1, weights, starts, list(wanted), list(own), chosen)
+            pairs = [_pairs(found) for found in settled]
             exchange(pairs, len(images))
-            with children_ignore_interrupts():
-                jobs = [
-                    executor.submit(
-                        _round_in_process,
-                        _arrays(weights[number]),
-                        _arrays(vars(pairs[number])),
-                        config,
-                        round_number,
-                        number,
-                        beta,
-                    )
-                    for number in range(classes)
-                ]
-            for number, job in enumerate(jobs):
-                new_weights, new_pairs = job.result()
-                weights[number] = {name: torch.as_tensor(value) for name, value in new_weights.items()}
-                pairs[number] = Pairs(**{name: torch.as_tensor(value) for name, value in new_pairs.items()})
-                if progress is not None:
-                    done = round_number * classes + number + 1
-                    progress(done, config.rounds * classes, f"contrast, round {round_number + 1} of {config.rounds}")
+            weights = each_class(_train, round_number, 2, weights, [_arrays(vars(one)) for one in pairs])
+            latents = [(one.latents[one.own], one.latents[~one.own]) for one in pairs]
             if checkpoint is not None:
-                save_checkpoint(checkpoint, _to_tensors(weights, pairs), {**identity, "round": round_number + 1})
+                save_checkpoint(checkpoint, _to_tensors(weights, latents), {**identity, "round": round_number + 1})
     finally:
         for process in list((executor._processes or {}).values()):
             process.terminate()  # after Ctrl-C: the checkpoint holds all finished rounds
         executor.shutdown(wait=True, cancel_futures=True)
-    sharpened = []
-    for number in range(classes):
-        decoder = Decoder(sizes)
-        decoder.load_state_dict(weights[number])
-        sharpened.append(decoder.eval().requires_grad_(False))
-    return sharpened, [one.latents[one.own] for one in pairs], [one.latents[~one.own] for one in pairs]
+    sharpened = [_decoder(one, sizes).requires_grad_(False) for one in weights]
+    return sharpened, [own for own, _ in latents], [rival for _, rival in latents]
 
 
-_worker_data: dict[str, Any] = {}  # what a worker process is given once, at its start
+_worker: dict[str, Any] = {}  # what a worker process is given once, at its start, and the images of its round
 
 
-def _start_worker(pixels: Any, sizes: VAEConfig) -> None:
+def _start_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     end_with_parent()
-    _worker_data.update(images=torch.from_numpy(pixels), sizes=sizes)
+    _worker.update(settings, images=torch.from_numpy(settings["images"]), round=None)
 
 
-def _round_in_process(
-    weights: dict[str, Any], pairs: dict[str, Any], config: ContrastConfig, round_number: int, number: int, beta: float
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``train_round`` in a worker; tensors travel as NumPy arrays."""
-    decoder = Decoder(_worker_data["sizes"])
-    decoder.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
-    own_pairs = Pairs(**{name: torch.as_tensor(np.array(value)) for name, value in pairs.items()})
-    train_round(decoder, own_pairs, _worker_data["images"], config, round_number, number, beta)
-    return _arrays(decoder.state_dict()), _arrays(vars(own_pairs))
+def _round_images(round_number: int) -> Tensor:
+    """The images of a round, moved once in each process."""
+    if _worker["round"] != round_number:
+        _worker["moved"] = moved(_worker["images"], _worker["config"], round_number, _worker["response"])
+        _worker["round"] = round_number
+    images: Tensor = _worker["moved"]
+    return images
+
+
+# The three stages of a round for one class, in a worker; tensors travel as NumPy arrays.
+
+
+def _scan(round_number: int, number: int, weights: dict[str, Any], starts: Any) -> tuple[Any, Any]:
+    folded = FoldedDecoder(_decoder(weights, _worker["sizes"]))
+    energies, chosen = best_candidates(folded, torch.from_numpy(starts), _round_images(round_number), _worker["beta"])
+    return energies.numpy(), chosen.numpy()
+
+
+def _settle(
+    round_number: int, number: int, weights: dict[str, Any], starts: Any, wanted: Any, own: Any, chosen: Any
+) -> dict[str, Any]:
+    decoder, latents, beta = _decoder(weights, _worker["sizes"]), torch.from_numpy(starts), _worker["beta"]
+    rows = torch.from_numpy(wanted).nonzero()[:, 0]
+    start = torch.from_numpy(chosen)[rows]
+    nothing = torch.full((len(rows),), torch.nan)
+    pairs = Pairs(
+        images=rows,
+        own=torch.from_numpy(own)[rows],
+        latents=latents[start],
+        curvature=inverse_curvatures(FoldedDecoder(decoder), latents, beta)[start],
+        energies=nothing.clone(),
+        others=nothing,
+    )
+    settle(decoder, pairs, _round_images(round_number), _worker["config"], beta)
+    return _arrays(vars(pairs))
+
+
+def _train(round_number: int, number: int, weights: dict[str, Any], pairs: dict[str, Any]) -> dict[str, Any]:
+    decoder = _decoder(weights, _worker["sizes"])
+    images = _round_images(round_number)
+    train_round(decoder, _pairs(pairs), images, _worker["config"], round_number, number, _worker["beta"])
+    return _arrays(decoder.state_dict())
+
+
+def _decoder(weights: Mapping[str, Any], sizes: VAEConfig) -> Decoder:
+    decoder = Decoder(sizes)
+    decoder.load_state_dict({name: torch.as_tensor(np.array(value)) for name, value in weights.items()})
+    decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster on a CPU
+    return decoder.eval()
+
+
+def _pairs(arrays: Mapping[str, Any]) -> Pairs:
+    return Pairs(**{name: torch.as_tensor(np.array(value)) for name, value in arrays.items()})
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {name: value.detach().numpy() for name, value in tensors.items()}
 
 
-def _to_tensors(weights: Sequence[Mapping[str, Tensor]], pairs: Sequence[Pairs]) -> dict[str, Tensor]:
-    tensors = {f"{number}.decoder.{name}": value for number, one in enumerate(weights) for name, value in one.items()}
-    return tensors | {
-        f"{number}.pairs.{name}": value for number, one in enumerate(pairs) for name, value in vars(one).items()
+def _to_tensors(weights: Sequence[Mapping[str, Any]], latents: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    tensors = {
+        f"{number}.decoder.{name}": torch.as_tensor(value)
+        for number, one in enumerate(weights)
+        for name, value in one.items()
     }
+    for number, (own, rival) in enumerate(latents):
+        tensors |= {f"{number}.own": own, f"{number}.rival": rival}
+    return tensors
 
 
-def _from_tensors(tensors: dict[str, Tensor], classes: int) -> tuple[list[dict[str, Tensor]], list[Pairs]]:
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
+def _from_tensors(tensors: dict[str, Tensor], classes: int) -> tuple[list[dict[str, Any]], list[tuple[Tensor, Tensor]]]:
+    def part(prefix: str) -> dict[str, Any]:
+        return {name[len(prefix) :]: value.numpy() for name, value in tensors.items() if name.startswith(prefix)}
 
     return (
         [part(f"{number}.decoder.") for number in range(classes)],
-        [Pairs(**part(f"{number}.pairs.")) for number in range(classes)],
+        [(tensors[f"{number}.own"], tensors[f"{number}.rival"]) for number in range(classes)],
     )

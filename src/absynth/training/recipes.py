@@ -28,22 +28,15 @@ from absynth.training.augment import Augmentation, augment
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
-from absynth.training.contrast import ContrastConfig, sharpen
+from absynth.training.contrast import STAGES, ContrastConfig, sharpen
 from absynth.training.generative import GenerativeConfig, train_classes
 from absynth.training.prototypes import PrototypeConfig, train_prototypes
 from absynth.vae import Decoder, VAEConfig
 
 CANDIDATES = 1000  # latents a class from which every search starts
 CLUSTERED = 12_000  # latents they are chosen from
-# Cycles, each from fresh candidates and with fresh copies of the images; the later ones sharpen the close pairs.
-CONTRAST = (
-    ContrastConfig(),
-    ContrastConfig(margin=8.0, temperature=3.0, weight=4.0, easy_share=0.1),
-    ContrastConfig(
-        rounds=4, margin=9.0, temperature=3.0, weight=5.0, easy_share=0.1, learning_rate=8e-4,
-        augmentation=Augmentation(rotation=10, zoom=0.1, shear=8, shift=0.7, bicubic=True),
-    ),
-)  # fmt: skip
+# Cycles, each from fresh candidates.
+CONTRAST = (ContrastConfig(),)
 
 
 # Small moves first, then larger ones against learning the training images by heart.
@@ -129,9 +122,9 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
         for number, cycle in enumerate(CONTRAST)
     ]
     sizes = VAEConfig(run.train[0].shape[-1], run.train[0].shape[1], config.latent_size)
-    rounds = sum(cycle.rounds for cycle in cycles) * run.classes
-    # a class's step of the contrast takes about as long as this many steps of its first two phases
-    scale = 2500
+    rounds = sum(cycle.rounds for cycle in cycles) * run.classes * STAGES
+    # a stage of the contrast takes about as long for a class as this many steps of its first two phases
+    scale = 800
     whole = run.classes * config.steps + rounds * scale
 
     def progress(done: int, text: str) -> None:
@@ -151,7 +144,7 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
             progress=lambda done, _total, text, before=before: progress(before + done * scale, text),  # type: ignore[misc]
         )  # fmt: skip
         starts = choose_all_candidates(own, rival, run.seed)
-        before += cycle.rounds * run.classes * scale
+        before += cycle.rounds * run.classes * STAGES * scale
     return assemble_abs(run, decoders, starts, config, cycles)
 
 
