@@ -1,9 +1,18 @@
-"""Tiny models and data for the tests of the evaluation; also reachable as ``evaluation_models:two_squares``."""
+"""Tiny models and data for the tests of the evaluation; also reachable as ``evaluation_models:linear``."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from absynth.attacks.boundary_projection import BoundaryProjection
+from absynth.attacks.noise import GaussianNoise
+from absynth.attacks.pointwise import Pointwise
+from absynth.evaluation import evaluate
+from absynth.norms import L0, L2, LINF
 
 CLASSES = 3
 
@@ -34,6 +43,41 @@ def labeled(model: nn.Module, count: int = 12, wrong: int = 2) -> tuple[Tensor, 
     return pictures, labels
 
 
+FOURTH = images(12)[4, 0, 0, 0]  # a pixel of image 4
+
+
+class Bad(Linear):
+    """The linear model, with something wrong about it."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self._calls = what, 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        self._calls += 1
+        marked = (images.flatten(1)[:, 0] - FOURTH).abs() < 1e-6  # image 4 and sparse changes of it
+        if self.what == "raises at one image" and marked.any():
+            raise RuntimeError("cannot do\nthis one")
+        if self.what == "nan at one image":
+            return torch.where(marked[:, None], torch.nan, logits)
+        if self.what == "random":
+            return logits + torch.randn(logits.shape)
+        if self.what == "wrong shape":
+            return logits[:, :1]
+        if self.what == "constant":
+            return logits * 0 + torch.tensor([3.0, 1.0, 0.0])
+        if self.what == "probabilities":
+            return torch.softmax(logits, dim=1)
+        if self.what == "sees the batch":
+            return logits + 0.5 * len(images) * torch.tensor([1.0, -1.0, 0.0])
+        if self.what == "no gradient":
+            return logits.detach() + images.flatten(1)[:, :1] * 0
+        if self.what == "wrong shape later" and self._calls > 12:
+            return logits.flatten()
+        return logits
+
+
 def linear() -> nn.Module:
     """A factory."""
     return Linear()
@@ -47,3 +91,20 @@ def no_module() -> str:
 def broken() -> nn.Module:
     """A factory that fails."""
     raise RuntimeError("no weights\nhere")
+
+
+SUITE = (
+    BoundaryProjection(L2, steps=10),
+    GaussianNoise(draws=1, steps=10),
+    BoundaryProjection(LINF, steps=10),
+    Pointwise(L0, draws=1, steps=10),
+)
+ALL_NORMS = ("l0", "l2", "linf")
+
+
+def run(out: Path, model: nn.Module | None = None, **options: Any) -> Any:
+    """Evaluate a small model on eight images, as ``options`` say otherwise."""
+    model = model or Linear()
+    data = options.pop("data", None) or labeled(Linear())
+    options = {"suite": SUITE, "images": 8, "batch_size": 3, "probe": False, "name": "net"} | options
+    return evaluate(model, data, out=out, **options)

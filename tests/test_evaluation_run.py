@@ -1,62 +1,40 @@
-"""Runs from end to end on tiny models: resuming, killing, bad models, bad folders, verification, comparison."""
+"""Runs from end to end on tiny models: resuming, killing, bad folders, verification, comparison."""
 
 from __future__ import annotations
 
 import json
-import math
 import signal
 import sqlite3
 import subprocess
 import sys
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import evaluation_models as models
-from absynth.attacks.base import Attack, Problem, Proposals
-from absynth.attacks.boundary_projection import BoundaryProjection
-from absynth.attacks.gradient import DeepFool, FastGradient
-from absynth.attacks.noise import GaussianNoise
-from absynth.attacks.pointwise import Pointwise
+from absynth.attacks.gradient import FastGradient
 from absynth.errors import InputError
 from absynth.evaluation import (
     Certificate,
     Ledger,
     Plan,
     compare,
-    evaluate,
     load_model,
     merge,
     model_digest,
     summarize,
     verify,
 )
-from absynth.evaluation.doubts import plant, planted_doubts, with_half_steps
-from absynth.evaluation.judge import judge
 from absynth.evaluation.ledger import FILE_NAME
 from absynth.evaluation.plan import choose_attacks, row_seed
 from absynth.evaluation.run import Progress
-from absynth.norms import L0, L2, LINF
-
-SUITE = (
-    BoundaryProjection(L2, steps=10),
-    GaussianNoise(draws=1, steps=10),
-    BoundaryProjection(LINF, steps=10),
-    Pointwise(L0, draws=1, steps=10),
-)
-ALL_NORMS = ("l0", "l2", "linf")
-
-
-def run(out: Path, model: nn.Module | None = None, **options: Any) -> Any:
-    model = model or models.Linear()
-    data = options.pop("data", None) or models.labeled(models.Linear())
-    options = {"suite": SUITE, "images": 8, "batch_size": 3, "probe": False, "name": "net"} | options
-    return evaluate(model, data, out=out, **options)
+from absynth.norms import L2
+from evaluation_models import ALL_NORMS, SUITE, Bad, run
 
 
 def rows(folder: Path, model: nn.Module | None = None) -> dict[tuple[Any, ...], tuple[Any, ...]]:
@@ -239,196 +217,6 @@ def test_comparing_runs(tmp_path: Path, finished: Path) -> None:
     run(tmp_path / "other", data=models.labeled(models.Linear(), wrong=1))
     with pytest.raises(InputError, match="different data"):
         compare(finished, tmp_path / "other")
-
-
-# Models that misbehave
-
-
-class Bad(models.Linear):
-    """The linear model, with something wrong about it."""
-
-    def __init__(self, what: str) -> None:
-        super().__init__()
-        self.what, self._calls = what, 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = super().forward(images)
-        self._calls += 1
-        marked = (
-            images.flatten(1)[:, 0] - models.images(12)[4, 0, 0, 0]
-        ).abs() < 1e-6  # image 4 and sparse changes of it
-        if self.what == "raises at one image" and marked.any():
-            raise RuntimeError("cannot do\nthis one")
-        if self.what == "nan at one image":
-            return torch.where(marked[:, None], torch.nan, logits)
-        if self.what == "random":
-            return logits + torch.randn(logits.shape)
-        if self.what == "wrong shape":
-            return logits[:, :1]
-        if self.what == "constant":
-            return logits * 0 + torch.tensor([3.0, 1.0, 0.0])
-        if self.what == "probabilities":
-            return torch.softmax(logits, dim=1)
-        if self.what == "sees the batch":
-            return logits + 0.5 * len(images) * torch.tensor([1.0, -1.0, 0.0])
-        if self.what == "no gradient":
-            return logits.detach() + images.flatten(1)[:, :1] * 0
-        if self.what == "wrong shape later" and self._calls > 12:
-            return logits.flatten()
-        return logits
-
-
-@pytest.mark.parametrize("what", ["raises at one image", "nan at one image"])
-def test_one_bad_image_is_marked_and_the_rest_goes_on(tmp_path: Path, what: str) -> None:
-    summary = run(tmp_path, Bad(what))
-    with Ledger(tmp_path) as ledger:
-        found = ledger.rows(model_digest(Bad(what)))
-    assert len(found) == 32
-    errors = [row for row in found if row.status == "error"]
-    assert {row.image for row in errors} == {4} and len(errors) == 4
-    expected = "RuntimeError: cannot do this one" if what.startswith("raises") else "NaN"
-    assert expected in errors[0].message
-    cell = summary["net"].norms["l2"].attacks["boundary-projection-l2"]
-    assert (cell.images, cell.errors) == (7, 1)
-    assert any(doubt.code == "errors" for doubt in summary["net"].doubts)
-    assert verify(tmp_path, models={"net": Bad(what)}).holds
-
-
-def test_errors_are_tried_again_on_request(tmp_path: Path) -> None:
-    model = Bad("raises at one image")
-    run(tmp_path, model)
-    digest, model.what = model_digest(model), "raises at one image"
-    model.forward = models.Linear.forward.__get__(model)  # type: ignore[method-assign]
-    assert model_digest(model) == digest
-    assert run(tmp_path, model)["net"].norms["l2"].all.images == 7
-    assert run(tmp_path, model, retry_errors=True)["net"].norms["l2"].all.images == 8
-
-
-@pytest.mark.parametrize("what", ["random", "wrong shape", "wrong shape later"])
-def test_a_model_that_is_no_classifier_gives_marked_rows(tmp_path: Path, what: str) -> None:
-    summary = run(tmp_path, Bad(what), probe=True)
-    with Ledger(tmp_path) as ledger:
-        found = ledger.rows(model_digest(Bad(what)))
-    assert len(found) == 32
-    messages = {row.message for row in found if row.status == "error"}
-    if what == "random":
-        assert any("changed between two calls" in message for message in messages)
-        assert any(doubt.code == "random" for doubt in summary["net"].doubts)
-    else:
-        assert any("expected logits" in message for message in messages)
-    assert not any(row.status == "found" for row in found if what == "wrong shape")
-
-
-def test_probabilities_are_warned_about(tmp_path: Path) -> None:
-    codes = {doubt.code for doubt in run(tmp_path, Bad("probabilities"), probe=True, suite=SUITE[:1])["net"].doubts}
-    assert "probabilities" in codes
-
-
-def test_a_model_that_sees_the_batch_is_warned_about(tmp_path: Path) -> None:
-    summary = run(tmp_path, Bad("sees the batch"), probe=True, suite=SUITE[:1])
-    assert "batch" in {doubt.code for doubt in summary["net"].doubts}
-
-
-def test_a_model_without_gradient_is_warned_about(tmp_path: Path) -> None:
-    summary = run(tmp_path, Bad("no gradient"), probe=True, suite=(FastGradient(L2), SUITE[1]))
-    codes = {doubt.code for doubt in summary["net"].doubts}
-    assert {"zero-gradient", "white-box-beaten"} <= codes
-
-
-def test_a_model_no_attack_can_start_on(tmp_path: Path) -> None:
-    pictures = models.images(4), torch.zeros(4, dtype=torch.int64)
-    summary = run(tmp_path, Bad("constant"), data=pictures, images=4)
-    assert summary["net"].norms["l0"].all.median == math.inf and summary["net"].union == dict.fromkeys(range(4), True)
-    assert "nothing-found" in {doubt.code for doubt in summary["net"].doubts}
-
-
-@dataclass(frozen=True)
-class Liar(Attack):
-    """Claims what it has not done."""
-
-    what: str
-    norm: Any = field(default=L2, repr=False)
-    family = "liar"
-    kind = "minimum"
-    knowledge = "decision"
-    source = "tests"
-    deterministic = True
-    queries = "none"
-
-    def __call__(self, classifier: Any, images: Tensor, goal: Any, seeds: Tensor) -> Proposals:
-        found = torch.ones(len(images), dtype=torch.bool)
-        if self.what == "raises":
-            raise ValueError("out of ideas")
-        proposed = {
-            "clean": images,
-            "range": images + 1,
-            "nan": images * torch.nan,
-            "shape": images[:, :, 1:],
-            "double": images.double(),
-        }[self.what]
-        return Proposals(proposed, found)
-
-    def search(self, problem: Problem) -> Proposals:
-        raise AssertionError
-
-
-@pytest.mark.parametrize(
-    ("what", "status", "message"),
-    [
-        ("clean", "failed", ""),
-        ("range", "error", "outside [0,1]"),
-        ("nan", "error", "NaN or infinite"),
-        ("shape", "error", "returned shape"),
-        ("double", "error", "float64 instead of float32"),
-        ("raises", "error", "ValueError: out of ideas"),
-    ],
-)
-def test_no_claim_of_an_attack_is_believed(tmp_path: Path, what: str, status: str, message: str) -> None:
-    run(tmp_path, suite=(Liar(what),))
-    with Ledger(tmp_path) as ledger:
-        found = [row for row in ledger.rows(model_digest(models.Linear())) if row.image >= 2]
-    assert {row.status for row in found} == {status} and {row.distance for row in found} == {math.inf}
-    assert all(message in row.message for row in found)
-
-
-def test_the_judge_counts_ties_and_nudges_what_misses_by_rounding() -> None:
-    def classifier(images: Tensor) -> Tensor:
-        return torch.stack([torch.full((len(images),), 0.5), images.flatten(1)[:, 0]], dim=1)
-
-    clean = torch.full((3, 1, 2, 2), 0.25)
-    proposed = clean.clone()
-    proposed[:, 0, 0, 0] = torch.tensor([0.5, 0.49999, 0.4])
-    labels = torch.zeros(3, dtype=torch.int64)
-    verdicts = judge(classifier, clean, proposed, torch.ones(3, dtype=torch.bool), labels, LINF)
-    assert verdicts[0].distance == 0.25
-    assert 0.25 <= verdicts[1].distance <= 0.2501
-    assert verdicts[2].distance == math.inf and verdicts[2].adversarial is None
-
-
-# Doubts about attacks
-
-
-def test_a_planted_adversarial_is_adversarial_and_found_by_a_good_attack() -> None:
-    model = models.Linear()
-    pictures, labels = models.labeled(model, wrong=0)
-    for norm in (L0, L2, LINF):
-        planted, distance = plant(model, pictures[3:4], int(labels[3]), norm, seed=1)
-        with torch.no_grad():
-            assert planted(planted.clean + planted.delta).argmax() == planted.rival != labels[3]
-        assert distance == pytest.approx({"l0": 6, "l2": 0.75, "linf": 0.15}[norm.name], rel=1e-5)
-        assert planted_doubts("m", BoundaryProjection(norm), model, [3, 4], pictures, labels, 0) == []
-
-
-def test_an_attack_that_misses_the_planted_adversarial_is_doubted() -> None:
-    model = Bad("constant")
-    labels = torch.zeros(4, dtype=torch.int64)
-    (doubt,) = planted_doubts("m", FastGradient(L2, steps=1, bisections=0), model, [0, 1], models.images(4), labels, 0)
-    assert doubt.code == "planted-missed" and "instead of 0.75" in doubt.message
-
-
-def test_half_steps() -> None:
-    assert with_half_steps(DeepFool(L2)) == DeepFool(L2, steps=25)
-    assert with_half_steps(Liar("clean")) is None
 
 
 # Plans, models and folders
