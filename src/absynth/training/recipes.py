@@ -39,13 +39,13 @@ CLUSTERED = 12_000  # latents they are chosen from
 CONTRAST = (ContrastConfig(),)
 
 
-# Small moves first, then larger ones against learning the training images by heart.
+# Large moves from the start: with small ones the prototypes learn the training images by heart (LOG.md).
 PROTOTYPES = (
-    PrototypeConfig(),
     PrototypeConfig(
-        epochs=3, margin=1.0, augmentation=Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, bicubic=True)
+        epochs=5, margin=1.0,
+        augmentation=Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, elastic=0.3, bicubic=True),
     ),
-)
+)  # fmt: skip
 
 
 class Run:
