@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from absynth import data, zoo
-from absynth.analysis import analyze
 from absynth.classifiers import ABS, Calibrated
-from absynth.decoding import to_blocks
 from absynth.errors import InputError, unknown_name
 from absynth.prototypes import PrototypeABS
 from absynth.responses import Threshold
@@ -29,6 +27,7 @@ from absynth.training.calibration import calibrate, class_scales, refusal_thresh
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
 from absynth.training.contrast import STAGES, ContrastConfig, sharpen
+from absynth.training.explanations import explanations
 from absynth.training.generative import GenerativeConfig, train_classes
 from absynth.training.prototypes import PrototypeConfig, train_prototypes
 from absynth.vae import Decoder, VAEConfig
@@ -265,27 +264,15 @@ def _first_prototypes(run: Run, plain: ABS, source: str, config: PrototypeConfig
         return saved[0]["centers"]
     generator = torch.Generator().manual_seed(run.seed)
     moved = torch.cat([augment(chunk, config.augmentation, generator) for chunk in run.train[0].split(1000)])
-    latents = explanations(plain, torch.cat([run.train[0], moved]), run.train[1].repeat(2), progress=run.progress)
+    decoders: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
+    sizes = VAEConfig(plain.image_shape[1], plain.image_shape[0], plain.candidates.shape[2])
+    latents = explanations(
+        decoders, plain.candidates, torch.cat([run.train[0], moved]), run.train[1].repeat(2), sizes,
+        beta=plain.beta, progress=run.progress,
+    )  # fmt: skip
     centers = torch.stack([choose_candidates(one, config.count, run.seed) for one in latents])
     save_checkpoint(file, {"centers": centers}, identity)
     return centers
-
-
-@torch.no_grad()
-def explanations(model: ABS, images: Tensor, labels: Tensor, *, progress: Progress | None = None) -> list[Tensor]:
-    """For every class the latents (N_c,D) with which it explains its own images, in their order."""
-    schedule = replace(model.schedule, slack=(), steps=3)
-    found = []
-    for number in range(len(model.decoders)):
-        own = images[labels == number]
-        parts = [
-            analyze(model.folded[number : number + 1], [model.starts[number]], to_blocks(chunk), schedule).latents[:, 0]
-            for chunk in own.split(256)
-        ]
-        found.append(torch.cat(parts))
-        if progress is not None:
-            progress(number + 1, len(model.decoders), f"explaining the images of class {number}")
-    return found
 
 
 def _train_cnn(run: Run, effort: float, **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
