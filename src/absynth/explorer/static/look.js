@@ -40,8 +40,8 @@ export class Look {
       if (this.subject !== null && request.model === this.state.model) this.fill(look);
       this.status("");
     } catch (error) {
-      if (error.name !== "AbortError") this.fail(error.message);
-      throw error.name === "AbortError" ? error : Object.assign(error, { name: "AbortError" });
+      if (error.name === "AbortError") throw error; // a newer request is on its way
+      this.fail(error.message);
     } finally {
       clearTimeout(slow);
       this.panel.setAttribute("aria-busy", "false");

@@ -56,7 +56,7 @@ export function bars(container, names, shares, best, refused) {
     const share = shares === null ? 0 : shares[k];
     bar.className = "bar" + (k === best ? (refused ? " best refused" : " best") : "");
     bar.children[0].textContent = shares !== null && share >= 0.005 ? share.toFixed(2).replace("1.00", "1") : "";
-    bar.children[1].style.setProperty("--share", share);
+    bar.style.setProperty("--share", share);
     bar.children[2].textContent = name;
   });
   const told = shares === null ? "empty" : names.map((name, k) => `${name}: ${percent(shares[k])}`).join(", ");
