@@ -14,7 +14,6 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 import browser as real  # noqa: E402 (tests/browser.py: Chromium and the server)
-
 from absynth.explorer.guard import Limits  # noqa: E402
 from absynth.explorer.shelf import Shelf  # noqa: E402
 

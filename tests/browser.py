@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import threading
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -96,7 +98,10 @@ def wait(browser: Chrome, selector: str, *words: str, patience: float = PATIENCE
     """The text of an element once it holds one of ``words`` (none: any text)."""
     until = time.monotonic() + patience
     while True:
-        shown = text(browser, selector)
+        try:
+            shown = text(browser, selector)
+        except (NoSuchElementException, StaleElementReferenceException):  # not there yet
+            shown = ""
         if shown and (not words or any(word in shown for word in words)):
             return shown
         if time.monotonic() > until:
@@ -119,7 +124,7 @@ def draw(browser: Chrome, points: list[tuple[float, float]], *, touch: bool = Fa
     places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
     steps = [
         (a[0] + (b[0] - a[0]) * k / 6, a[1] + (b[1] - a[1]) * k / 6)
-        for a, b in zip(places, places[1:], strict=False)
+        for a, b in itertools.pairwise(places)
         for k in range(1, 7)
     ]
     if touch:
