@@ -41,8 +41,8 @@ def main() -> None:
         real.resize(browser, WIDTH, int(height))
         time.sleep(1)
         shot = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
-    # 128 colors: the page is flat areas and grays, and the file stays small
-    shot.quantize(128).save(ROOT / "docs" / "explorer.png", optimize=True)
+    # a palette: the page is flat areas and grays, and the file stays small
+    shot.quantize(255).save(ROOT / "docs" / "explorer.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ export class Attack {
     element("attack").setAttribute("aria-busy", "true");
     element("progress").hidden = false;
     element("start").textContent = "Stop";
-    element("result").hidden = element("after").hidden = true;
+    element("result").hidden = element("after").hidden = element("morph").hidden = true;
     this.status(this.state.ready.has(model) ? `Searching in ${NORMS[norm]} …` : `Loading ${model} …`, "busy");
   }
 
@@ -102,21 +102,23 @@ export class Attack {
     const why = event.aborted ? "Stopped: smallest so far" : event.stopped ? `Stopped at the limit of ${this.state.seconds} s: smallest so far` : "Found:";
     const cost = event.aborted ? "" : `, after ${event.queries.toLocaleString("en")} questions in ${event.seconds.toFixed(1)} s`;
     this.status(`${why} ${size}${cost}.`, event.stopped ? "late" : "done");
-    element("after").hidden = false;
+    element("after").hidden = element("morph").hidden = false;
     element("slider").value = 100;
     this.morph();
-    this.say(element("clean-says"), this.from, model);
-    this.say(element("adversarial-says"), this.to, model);
-    await this.everyone(event.image);
+    const said = await this.say(element("clean-says"), this.from, model);
+    await this.say(element("adversarial-says"), this.to, model);
+    await this.everyone(event.image, said);
   }
 
   async say(place, pixels, model) {
     const { answer } = await post("/api/look", { model, image: encodeImage(pixels) }).catch(() => ({}));
     if (answer) place.textContent = `${says(answer)}, ${percent(answer.probabilities[answer.label])}`;
+    return answer?.names[answer.label];
   }
 
-  async everyone(image) {
-    const answers = new Answers(element("attack-answers"), { blank: false });
+  // `expected`: what the attacked model said of the image itself.
+  async everyone(image, expected) {
+    const answers = new Answers(element("attack-answers"), { blank: false, expected });
     this.asking?.abort();
     this.asking = new AbortController();
     try {

@@ -69,9 +69,11 @@ export function says(answer) {
 
 // A table of what models say: `rows.set(event)` for every event of the stream.
 export class Answers {
-  constructor(container, { blank }) {
+  // `blank`: "no digit" is the right answer; `expected`: this is.
+  constructor(container, { blank, expected }) {
     this.container = container;
-    this.blank = blank; // whether "no digit" is the right answer
+    this.blank = blank;
+    this.expected = expected;
     this.rows = new Map();
     container.replaceChildren();
   }
@@ -105,6 +107,7 @@ export class Answers {
       share.textContent = percent(most);
       if (this.blank) row.classList.add(answer.refused ? "right" : most > 0.5 ? "wrong" : "unsure");
       else if (answer.refused) row.classList.add("refused");
+      else if (this.expected !== undefined && answer.names[answer.label] !== this.expected) row.classList.add("wrong");
     }
   }
 }
