@@ -44,7 +44,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(weights: Path) -> Iterator[httpx.Client]:
-    with serving(Shelf(weights)) as address, httpx.Client(base_url=address, timeout=300, trust_env=False) as client:
+    patient = Limits(attack_seconds=600)  # a busy machine is slow
+    with (
+        serving(Shelf(weights), patient) as address,
+        httpx.Client(base_url=address, timeout=600, trust_env=False) as client,
+    ):
         yield client
 
 

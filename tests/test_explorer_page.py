@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from absynth import data, zoo
+from absynth.explorer.guard import Limits
 from absynth.explorer.shelf import Shelf
 from browser import PATIENCE, SEVEN, chromium, draw, find, opened, resize, serving, shade, text, wait
 from small_models import write_all
@@ -28,7 +29,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(weights: Path) -> Iterator[str]:
-    with serving(Shelf(weights)) as address:
+    with serving(Shelf(weights), Limits(attack_seconds=600)) as address:  # a busy machine is slow
         yield address
 
 
@@ -68,6 +69,10 @@ def painted(browser: Any, canvas: str) -> np.ndarray:
     return np.array(values).reshape(28, 28)
 
 
+def upright(seen: np.ndarray) -> bool:
+    return bool((seen.max(1) > 100).sum() >= 18 and 0 < (seen.max(0) > 100).sum() <= 5)
+
+
 def test_empty_then_drawn_then_cleared(browser: Any) -> None:
     assert "draw a digit" in text(browser, "#sure")
     assert find(browser, "#hint").is_displayed() and not find(browser, "#start").is_enabled()
@@ -92,12 +97,11 @@ def test_drawing_by_keys(browser: Any) -> None:
     choose(browser, NN)
     pad = find(browser, "#pad")
     pad.send_keys(" " + "\ue015" * 12 + " ")  # pen down, 12 times arrow down, pen up: a one
+    # The stroke is upright: a line of ink, 20 pixels high. What is seen follows the pen.
     until = time.monotonic() + PATIENCE
-    while (painted(browser, "seen").max(1) > 200).sum() < 18 and time.monotonic() < until:
-        time.sleep(0.1)  # what is seen follows the pen
-    # The stroke is upright and in the middle: a line of ink from top to bottom.
-    seen = painted(browser, "seen")
-    assert (seen.max(1) > 200).sum() >= 18 and (seen.max(0) > 60).sum() <= 8
+    while not upright(painted(browser, "seen")):
+        assert time.monotonic() < until, painted(browser, "seen")
+        time.sleep(0.1)
     pad.send_keys("\ue003")  # backspace
     wait(browser, "#sure", "draw a digit")
 

@@ -22,6 +22,7 @@ def listen(port: int) -> socket.socket:
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((HOST, port))
+        bound.listen()  # here: of two sockets that may reuse an address, the one that does not listen yet blocks nobody
     except OSError as error:
         bound.close()
         raise InputError(
