@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -21,10 +22,15 @@ from absynth.errors import InputError
 LEAST_CONTRAST = 0.06  # of white minus black: what differs less from the background than this is no ink
 PAPER_NOISE = 0.1  # of the strongest ink: paper grain and compression artifacts stay below
 BOX = 20 / 28  # the side of the box the ink is scaled to, as a part of the image's
+MOST_PIXELS = 89_478_485  # Pillow's own bound: beyond it, a small file may fill the memory
+# No other format is even tried: some of Pillow's readers start programs (EPS starts Ghostscript).
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
 
-def load_picture(path: str | Path, image_size: int = 28) -> Tensor:
+def load_picture(path: str | Path | BinaryIO, image_size: int = 28, *, most_pixels: int = MOST_PIXELS) -> Tensor:
     """The picture in a file as float32 (1, S, S) in [0, 1], white ink on black, as MNIST's images are.
+
+    ``path`` may also be an open binary file. A picture of more than ``most_pixels`` is not decoded.
 
     A gray picture of exactly S×S pixels is already framed: it is returned as it is (value / 255), or inverted if its
     border is bright. In any other picture, ink is what differs in color from the border, dark on bright or bright on
@@ -33,8 +39,9 @@ def load_picture(path: str | Path, image_size: int = 28) -> Tensor:
 
     Raises InputError if the file cannot be read, is no picture or too large, or is blank.
     """
-    path = Path(path)
-    rgb = _read_rgb(path)
+    source = Path(path) if isinstance(path, str | Path) else path
+    named = str(source) if isinstance(source, Path) else "the file"
+    rgb = _read_rgb(source, named, most_pixels)
     height, width, _ = rgb.shape
     gray = bool((rgb == rgb[:, :, :1]).all())
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])  # (2·height + 2·width, 3)
@@ -46,7 +53,7 @@ def load_picture(path: str | Path, image_size: int = 28) -> Tensor:
     ink = np.abs(rgb - paper.astype(np.float32)).max(axis=2)  # (height, width)
     strongest = float(ink.max())
     if strongest < LEAST_CONTRAST:
-        raise InputError(f"{path} is blank: nothing in it differs from its border; give a picture of one digit")
+        raise InputError(f"{named} is blank: nothing in it differs from its border; give a picture of one digit")
     ink = np.where(ink > PAPER_NOISE * strongest, ink / strongest, 0)
     return frame(torch.from_numpy(_crop(ink)), image_size)[None]
 
@@ -84,28 +91,30 @@ def _crop(ink: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.ascontiguousarray(ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], dtype=np.float32)
 
 
-def _read_rgb(path: Path) -> NDArray[np.float32]:
+def _read_rgb(source: Path | BinaryIO, named: str, most_pixels: int) -> NDArray[np.float32]:
     """The picture's colors, float32 (height, width, 3) in [0, 1], upright, its transparent parts filled."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as file:
+            with Image.open(source, formats=FORMATS) as file:
+                if file.width * file.height > most_pixels:
+                    raise Image.DecompressionBombError(f"{file.width} × {file.height}, at most {most_pixels:,}")
                 file.load()
                 picture = ImageOps.exif_transpose(file)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} has too many pixels ({error}): scale it down first") from error
+        raise InputError(f"{named} has too many pixels ({error}): scale it down first") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not a picture: give a PNG, JPEG, GIF, BMP, TIFF or WebP file") from error
+        raise InputError(f"{named} is not a picture: give a PNG, JPEG, GIF, BMP, TIFF or WebP file") from error
     except FileNotFoundError as error:
-        raise InputError(f"no picture at {path}: check the path") from error
+        raise InputError(f"no picture at {named}: check the path") from error
     except (OSError, ValueError, SyntaxError) as error:  # Pillow reports broken files with all three
-        raise InputError(f"cannot read the picture {path} ({error}): save it again as PNG") from error
+        raise InputError(f"cannot read the picture {named} ({error}): save it again as PNG") from error
 
     if picture.mode[0] in "IF":  # 16 or 32 bits a pixel, or floating point: only the contrast matters
         values = np.asarray(picture, dtype=np.float64)
         low, high = values.min(), values.max()
         if not np.isfinite(high - low):
-            raise InputError(f"{path} contains NaN or infinite values: save it again as an 8-bit PNG")
+            raise InputError(f"{named} contains NaN or infinite values: save it again as an 8-bit PNG")
         scaled = ((values - low) / max(high - low, 1e-12)).astype(np.float32)
         return np.repeat(scaled[:, :, None], 3, axis=2)
     if picture.mode == "LAB":
@@ -115,7 +124,7 @@ def _read_rgb(path: Path) -> NDArray[np.float32]:
     if bool((alpha == 1).all()):
         return rgb
     if not bool(alpha.any()):
-        raise InputError(f"{path} is blank: all of it is transparent; give a picture of one digit")
+        raise InputError(f"{named} is blank: all of it is transparent; give a picture of one digit")
     # What is transparent is background: put white below dark ink, black below bright ink.
     brightness = float((rgb.mean(axis=2, keepdims=True) * alpha).sum() / alpha.sum())
     background: NDArray[np.float32] = (1 - alpha) * np.float32(brightness < 0.5)

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from absynth import __version__
 from absynth.cli.evaluation import attacks, certify, distal, evaluate, reproduce
+from absynth.cli.explorer import explore
 from absynth.cli.models import data, models, train
 from absynth.cli.output import Stopped, note
 from absynth.cli.pictures import classify
@@ -63,6 +64,7 @@ app.command()(data)
 app.command()(models)
 app.command()(train)
 app.command()(classify)
+app.command()(explore)
 app.command()(evaluate)
 app.command()(attacks)
 app.command()(certify)
