@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -76,6 +77,7 @@ def nodes() -> Iterator[Nodes]:
     # Workers import what this process imports; they inherit the environment of the nodes.
     before = os.environ.copy()
     os.environ.update(PYTHONPATH=str(ROOT / "src"), RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+    distributed._stay_on_loopback("127.0.0.1:0")
     try:
         started = Nodes()
         yield started
@@ -189,9 +191,9 @@ def test_another_model_on_a_worker(nodes: Nodes, tmp_path: Path) -> None:
 
 
 def test_more_threads_than_any_node_has(nodes: Nodes) -> None:
-    with pytest.raises(InputError, match="a batch takes 99 threads, the largest node of the cluster has 1 CPUs"):
-        with distributed.connect(nodes.address, threads=99):
-            pass
+    message = "a batch takes 99 threads, the largest node of the cluster has 1 CPUs"
+    with pytest.raises(InputError, match=message), distributed.connect(nodes.address, threads=99):
+        pass
 
 
 def test_from_the_command_line_and_stopped(nodes: Nodes, tmp_path: Path) -> None:
@@ -248,7 +250,26 @@ def test_a_bad_address_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert out == "" and err.splitlines()[-1].startswith("error: no Ray cluster answers at 127.0.0.1:9")
 
 
-def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_finds_what_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    assert distributed._resolved("auto") is None  # then this machine's cores
+    noted = tmp_path / "ray" / "ray_current_cluster"
+    noted.parent.mkdir()
+    noted.write_text("127.0.0.1:9\n")
+    assert distributed._resolved("auto") is None  # it has ended
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        noted.write_text(f"{address}\n")
+        assert distributed._resolved("auto") == address
+        monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")  # named by the user: no other will do
+        with pytest.raises(InputError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
+            distributed._resolved("auto")
+
+
+def test_without_ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(InputError, match=r"pip install 'absynth\[cluster\]'$"), distributed.connect():
         pass

@@ -194,6 +194,8 @@ def connect(address: str = "auto", *, models: Sequence[str] = (), threads: int |
 
     Raises InputError where Ray is missing, nothing answers at ``address``, or no node has ``threads`` CPUs.
     """
+    place = _resolved(address)
+    _stay_on_loopback(place)
     ray = _ray()
     if ray.is_initialized():
         raise InputError("this process is connected to a Ray cluster already: call ray.shutdown() first")
@@ -207,7 +209,7 @@ def connect(address: str = "auto", *, models: Sequence[str] = (), threads: int |
         "runtime_env": {"py_modules": modules} if modules else None,
     }
     try:
-        _open(ray, address, options)
+        _open(ray, place, options)
         cluster = Cluster(threads, gpus=ray.cluster_resources().get("GPU", 0) >= GPU_SHARE)
         if not cluster._places():
             largest = max((node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]), default=0)
@@ -222,25 +224,47 @@ def connect(address: str = "auto", *, models: Sequence[str] = (), threads: int |
         ray.shutdown()
 
 
-def _open(ray: Any, address: str, options: dict[str, Any]) -> None:
+def _open(ray: Any, address: str | None, options: dict[str, Any]) -> None:
+    """Connect to the cluster at ``address``, or start one on this machine alone for None."""
     try:
-        if address == "auto":
-            try:
-                ray.init(address="auto", **options)
-            except ConnectionError:  # none runs here
-                ray.init(
-                    address="local", include_dashboard=False, object_store_memory=LOCAL_MEMORY,
-                    _node_ip_address="127.0.0.1", **options,
-                )  # fmt: skip
-            return
-        _knock(address)
-        ray.init(address=address, **options)
+        if address is None:
+            ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_MEMORY, **options)
+        else:
+            ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
+        where = "start Ray on this machine" if address is None else f"connect to the Ray cluster at {address}"
         raise InputError(
-            f"cannot connect to the Ray cluster at {address}: {_last_line(error)}; start one with 'ray start --head'"
+            f"cannot {where}: {_last_line(error)}; 'ray stop' and 'ray start --head' start afresh"
         ) from None
+
+
+def _resolved(address: str) -> str | None:
+    """The HOST:PORT where a cluster answers; None when ``auto`` finds none, and this machine alone must do.
+
+    Raises InputError for an address where nothing answers. Asked before Ray, which itself would try for minutes.
+    """
+    if address != "auto":
+        _knock(address)
+        return address
+    if named := os.environ.get("RAY_ADDRESS"):
+        _knock(named)
+        return named
+    try:
+        running = (Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster").read_text().strip()
+        _knock(running)
+    except (OSError, InputError):  # none was started here, or it has ended
+        return None
+    return running
+
+
+def _stay_on_loopback(address: str | None) -> None:
+    """Let Ray use 127.0.0.1 where everything is on this machine.
+
+    It replaces that by the machine's address in the network otherwise, where a cluster bound to 127.0.0.1 does not
+    answer and one started for this machine alone should not be seen. Ray reads the variable when it is imported.
+    """
+    if address is None or address.rpartition(":")[0] in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 def _knock(address: str) -> None:
