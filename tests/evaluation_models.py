@@ -84,7 +84,7 @@ class Bad(Linear):
 
 @dataclass(frozen=True)
 class Traced(Attack):
-    """Noise that writes down which process computes it, and takes a while: ``PID``, a line a batch.
+    """Noise that writes down which process computes it, and takes a while: lines ``begin PID`` and ``end PID``.
 
     ``deadly``: the process that computes image 4 dies of it.
     """
@@ -101,12 +101,17 @@ class Traced(Attack):
     queries = "few"
 
     def __call__(self, classifier: Any, images: Tensor, goal: Any, seeds: Tensor) -> Proposals:
-        with open(self.log, "a") as file:  # a short line is appended whole
-            file.write(f"{os.getpid()}\n")
+        self._note("begin")
         time.sleep(self.seconds)
         if self.deadly and (images.flatten(1)[:, 0] == FOURTH).any():
             os._exit(1)
-        return GaussianNoise(draws=1, steps=10)(classifier, images, goal, seeds)
+        found = GaussianNoise(draws=1, steps=10)(classifier, images, goal, seeds)
+        self._note("end")
+        return found
+
+    def _note(self, what: str) -> None:
+        with open(self.log, "a") as file:  # a short line is appended whole
+            file.write(f"{what} {os.getpid()}\n")
 
     def search(self, problem: Problem) -> Proposals:
         raise AssertionError
