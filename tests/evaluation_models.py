@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from absynth.attacks.base import Attack, Problem, Proposals
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.noise import GaussianNoise
 from absynth.attacks.pointwise import Pointwise
@@ -78,9 +82,49 @@ class Bad(Linear):
         return logits
 
 
+@dataclass(frozen=True)
+class Traced(Attack):
+    """Noise that writes down which process computes it, and takes a while: lines ``begin PID`` and ``end PID``.
+
+    ``deadly``: the process that computes image 4 dies of it.
+    """
+
+    log: str
+    seconds: float = 0.5
+    deadly: bool = False
+    norm: Any = field(default=L2, repr=False)
+    family = "traced"
+    kind = "minimum"
+    knowledge = "decision"
+    source = "tests"
+    deterministic = False
+    queries = "few"
+
+    def __call__(self, classifier: Any, images: Tensor, goal: Any, seeds: Tensor) -> Proposals:
+        self._note("begin")
+        time.sleep(self.seconds)
+        if self.deadly and (images.flatten(1)[:, 0] == FOURTH).any():
+            os._exit(1)
+        found = GaussianNoise(draws=1, steps=10)(classifier, images, goal, seeds)
+        self._note("end")
+        return found
+
+    def _note(self, what: str) -> None:
+        with open(self.log, "a") as file:  # a short line is appended whole
+            file.write(f"{what} {os.getpid()}\n")
+
+    def search(self, problem: Problem) -> Proposals:
+        raise AssertionError
+
+
 def linear() -> nn.Module:
     """A factory."""
     return Linear()
+
+
+def digits() -> nn.Module:
+    """A factory for the embedded digits."""
+    return Linear(pixels=784, classes=10)
 
 
 def no_module() -> str:

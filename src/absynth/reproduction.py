@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from absynth import data, zoo
@@ -24,6 +25,7 @@ from absynth.evaluation import (
 )
 from absynth.evaluation.ledger import Ledger, ledger_folders
 from absynth.evaluation.reporting import Report, report
+from absynth.evaluation.run import Executor
 from absynth.inventory import describe_model
 
 Told = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
@@ -48,23 +50,40 @@ def evaluate_models(
     weights: str | Path | None = None,
     root: str | Path | None = None,
     progress: Told | None = None,
+    cluster: str | None = None,
 ) -> Summary:
     """Attack each model (as ``absynth.clean.load_any`` takes them) into a run folder of its own below ``out``.
 
-    Called again, it goes on where it was interrupted. Arguments and errors as for ``absynth.evaluation.evaluate``.
+    Called again, it goes on where it was interrupted. ``cluster`` is the address of a Ray cluster that computes the
+    batches, see ``absynth.distributed.connect``. Arguments and errors as for ``absynth.evaluation.evaluate``.
     """
     classifiers = {name: load_any(name, weights=weights, root=root) for name in models}
-    for name, classifier in classifiers.items():
+    with _executors(cluster, models, weights, root) as executors:
+        for name, classifier in classifiers.items():
 
-        def tell(at: Progress, name: str = name) -> None:
-            if progress is not None:
-                progress(at.done, at.total, f"{name}, {at.attack}")
+            def tell(at: Progress, name: str = name) -> None:
+                if progress is not None:
+                    progress(at.done, at.total, f"{name}, {at.attack}")
 
-        evaluate(
-            classifier, dataset, suite=suite, norms=norms, images=images, out=run_folder(out, name), seed=seed,
-            progress=tell, name=name, root=root,
-        )  # fmt: skip
+            evaluate(
+                classifier, dataset, suite=suite, norms=norms, images=images, out=run_folder(out, name), seed=seed,
+                progress=tell, name=name, root=root, executor=executors(name),
+            )  # fmt: skip
     return summarize(out)
+
+
+@contextmanager
+def _executors(
+    cluster: str | None, models: Sequence[str], weights: str | Path | None, root: str | Path | None
+) -> Iterator[Callable[[str], Executor | None]]:
+    """What computes the batches of each model by name: this process where ``cluster`` is None."""
+    if cluster is None:
+        yield lambda name: None
+        return
+    from absynth import distributed  # here: nothing else needs Ray
+
+    with distributed.connect(cluster, models=models) as connected:
+        yield lambda name: connected.executor(name, weights=weights, root=root)
 
 
 def certify_model(
@@ -156,10 +175,15 @@ def reproduce(
     weights: str | Path | None = None,
     root: str | Path | None = None,
     progress: Told | None = None,
+    cluster: str | None = None,
 ) -> Report:
-    """The paper's evidence: every model under the paper's attacks and the strong ones, distal images, the report."""
+    """The paper's evidence: every model under the paper's attacks and the strong ones, distal images, the report.
+
+    ``cluster`` is the address of a Ray cluster for the attacks, see ``absynth.distributed.connect``.
+    """
     evaluate_models(
-        models, dataset, suite=suite, images=images, out=out, seed=seed, weights=weights, root=root, progress=progress
-    )
+        models, dataset, suite=suite, images=images, out=out, seed=seed, weights=weights, root=root, progress=progress,
+        cluster=cluster,
+    )  # fmt: skip
     distal_images(models, out, dataset=dataset, seed=seed, weights=weights, root=root, progress=progress)
     return report(out)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from absynth.cli.options import Json, Models, Root, Weights
+from absynth.cli.options import Cluster, Json, Models, Root, Weights
 from absynth.cli.output import emit, kept, note, percent, progress, table
 from absynth.errors import InputError
 
@@ -58,6 +58,7 @@ def evaluate(
         "runs/evaluation"
     ),
     seed: Seed = 0,
+    cluster: Cluster = None,
     weights: Weights = None,
     root: Root = None,
     json: Json = False,
@@ -80,7 +81,7 @@ def evaluate(
     with kept(_goes_on(out)), progress("attacking") as report:
         summary = evaluate_models(
             models, data, suite=attacks, norms=norms.split(","), images=100 if images is None else images, out=out,
-            seed=seed, weights=weights, root=root, progress=report,
+            seed=seed, weights=weights, root=root, progress=report, cluster=cluster,
         )  # fmt: skip
     if json:
         emit(summary.to_json())
@@ -192,6 +193,7 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Run folder; the same command goes on there.")] = Path("runs/reproduce"),
     data: Data = "mnist",
     seed: Seed = 0,
+    cluster: Cluster = None,
     weights: Weights = None,
     root: Root = None,
     json: Json = False,
@@ -203,7 +205,7 @@ def reproduce(
     with kept(_goes_on(out)), progress("reproducing") as report:
         files = run(
             models, out, dataset=data, images=images, suite=suite, seed=seed, weights=weights, root=root,
-            progress=report,
+            progress=report, cluster=cluster,
         )  # fmt: skip
     if json:
         emit({key: str(path) for key, path in asdict(files).items()})

@@ -15,6 +15,13 @@ Root = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(help="Folder with weight files, as 'absynth train' writes. Default: the shipped ones.")
 ]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        help="Compute the attacks on a Ray cluster: auto (the one that runs here, or all cores of this machine), or "
+        "HOST:PORT."
+    ),
+]
 Models = Annotated[
     list[str] | None,
     typer.Option(

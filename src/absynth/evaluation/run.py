@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,16 @@ from absynth.errors import InputError
 from absynth.evaluation import doubts as doubting
 from absynth.evaluation.jobs import clean_rows, run_job
 from absynth.evaluation.ledger import Ledger
-from absynth.evaluation.plan import Plan, choose_attacks, image_indices, load_model, model_digest
-from absynth.evaluation.rows import AttackRecord, ModelRecord
+from absynth.evaluation.plan import Job, Plan, choose_attacks, image_indices, load_model, model_digest
+from absynth.evaluation.rows import AttackRecord, CleanRow, ModelRecord, Row
 from absynth.evaluation.summary import Summary, summarize
 
 CLEAN_BATCH = 256
 NORMS = ("l0", "l2", "linf")
+
+#: What computes jobs: (plan, jobs, the split's images (N,C,H,W) and labels (N,), clean answers by image) -> each job
+#: with its rows, in any order, as it is finished. ``here`` is one, ``absynth.distributed`` has another.
+Executor = Callable[[Plan, Sequence[Job], Tensor, Tensor, Mapping[int, CleanRow]], Iterator[tuple[Job, list[Row]]]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def evaluate(
     batch_size: int = 32,
     probe: bool = True,
     retry_errors: bool = False,
+    executor: Executor | None = None,
 ) -> Summary:
     """Attack a model and write every row into the ledger of the run folder ``out``; what has a row is not done again.
 
@@ -57,7 +62,8 @@ def evaluate(
     is a data set's name or folder, or (images (N,C,H,W) float32 in [0,1], labels (N,)). ``suite`` is a suite's or
     attack's name, several separated by commas, ``"none"``, or attacks. ``images`` is how many of the split's first, or
     their indices. ``probe`` puts the questions of ``absynth.evaluation.doubts`` to model and attacks. ``retry_errors``
-    tries images again that an earlier run marked as errors.
+    tries images again that an earlier run marked as errors. ``executor`` computes the batches (default: this process);
+    ``absynth.distributed.connect`` gives one that does so on a cluster.
 
     Interrupted at any instant, it loses at most the batch in flight; called again, it goes on. Models or attacks that
     fail give rows with status ``error`` and the rest goes on. Raises InputError for bad input and for a folder that
@@ -80,7 +86,7 @@ def evaluate(
     with Ledger(out, write=True) as ledger:
         if retry_errors:
             ledger.forget_errors(plan.model_digest)
-        run(plan, classifier, pictures, labels, ledger, progress=progress, probe=probe)
+        run(plan, classifier, pictures, labels, ledger, progress=progress, probe=probe, executor=executor)
     return summarize(out)
 
 
@@ -93,6 +99,7 @@ def run(
     *,
     progress: Callable[[Progress], None] | None = None,
     probe: bool = True,
+    executor: Executor | None = None,
 ) -> None:
     """Carry out ``plan`` on the split's ``images`` (N,C,H,W) and ``labels`` (N,), as far as ``ledger`` does not have
     it."""
@@ -105,15 +112,27 @@ def run(
     total = len(plan.attacks) * len(plan.images)
     done = total - sum(len(job.images) for job in jobs)
     started, before = time.monotonic(), done
-    for job in jobs:
-        index = list(job.images)
-        ledger.add_rows(run_job(job, classifier, images[index], labels[index], clean, plan.model_digest, plan.seed))
-        done += len(index)
+    for job, rows in (executor or here(classifier))(plan, jobs, images, labels, clean):
+        ledger.add_rows(rows)
+        done += len(job.images)
         if progress is not None:
             pace = (time.monotonic() - started) / (done - before)
             progress(Progress(done, total, job.attack.name, pace * (total - done)))
     if probe:
         doubting.probe_attacks(plan, classifier, images, labels, ledger)
+
+
+def here(classifier: Classifier) -> Executor:
+    """The executor that computes jobs one after the other in this process."""
+
+    def execute(
+        plan: Plan, jobs: Sequence[Job], images: Tensor, labels: Tensor, clean: Mapping[int, CleanRow]
+    ) -> Iterator[tuple[Job, list[Row]]]:
+        for job in jobs:
+            index = list(job.images)
+            yield job, run_job(job, classifier, images[index], labels[index], clean, plan.model_digest, plan.seed)
+
+    return execute
 
 
 def check_run(plan: Plan, ledger: Ledger) -> None:
