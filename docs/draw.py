@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
 from absynth import ABS, data, load
@@ -21,6 +22,12 @@ from absynth.quickstart import without_digits
 
 INK, SOFT, BEST, RIVAL = "#1c2330", "#a9b1c2", "#0b7a5c", "#c2571a"
 SHOWN = 0  # the test image on most figures: a seven
+
+
+def picture(image: Tensor, path: Path) -> None:
+    """The image as ink on paper, enlarged: what somebody might have scanned."""
+    pixels = 255 - (255 * image[0]).byte()
+    Image.fromarray(pixels.numpy()).resize((280, 280), Image.Resampling.BICUBIC).save(path)
 
 
 def samples(model: ABS, path: Path) -> None:
@@ -91,6 +98,7 @@ def main(folder: Path) -> dict[str, float]:
     image, label = images[SHOWN], int(labels[SHOWN])
     model = load("abs")
     assert isinstance(model, ABS)
+    picture(image, folder / "digit.png")
     samples(model, folder / "samples.png")
     search(model, image, label, folder / "search.png")
     refusal(model, without_digits(images[SHOWN : SHOWN + 1])[1][0], folder / "refusal.png")
