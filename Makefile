@@ -11,12 +11,13 @@ ifneq ($(ABSYNTH_DATA),)
 export ABSYNTH_DATA
 endif
 
-.PHONY: help setup quickstart test lint format benchmark
+.PHONY: help setup quickstart test lint format benchmark docs
 help:
 	@echo "make setup       install absynth and its tools into .venv"
 	@echo "make quickstart  classify test images with every model, write a page that explains one"
 	@echo "make test        run the tests"
 	@echo "make lint        ruff check, ruff format --check, mypy --strict"
+	@echo "make docs        build the documentation into docs/_build/html, warnings are errors"
 	@echo "make benchmark   speed against the paper's schedule, as ratios"
 	@echo "make format      let ruff format the code and sort the imports"
 
@@ -41,6 +42,9 @@ lint: $(STAMP)
 
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/run.py
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -d docs/_build/trees docs docs/_build/html
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix --select I .

@@ -1,5 +1,6 @@
 """What the README says to type does what it says."""
 
+import os
 import re
 import shlex
 import shutil
@@ -8,16 +9,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from torch import Tensor
+
+from absynth import data
+from small_models import save_picture
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-# What takes minutes in full is run on the embedded digits, with the same command and options that make it short.
+# What takes hours in full is run on two classes of twelve pictures, with the same command and hardly any steps.
 SHORTER = {
-    "absynth train abs --data mnist --out weights": "absynth train cnn --data digits --out weights --effort 0.05"
+    "absynth train abs --data mnist --out weights": "absynth train abs --data pictures --out weights --effort 0.0005"
 }
+# Run by the tests below, or by the shell itself.
+OTHERS = {"make quickstart", "make test", ". .venv/bin/activate"}
 
 SERVERS = {"absynth explore"}  # runs until it is interrupted: see test_explorer.py
 
@@ -29,10 +34,21 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, mnist_test: tuple[Tensor, Tensor]) -> Path:
-    """An empty folder with the picture that the README classifies."""
+    """An empty folder with the picture that the README classifies, and a small data set."""
     place = tmp_path_factory.mktemp("readme")
-    Image.fromarray((mnist_test[0][0, 0] * 255).byte().numpy()).save(place / "digit.png")
+    (place / "docs" / "figures").mkdir(parents=True)
+    shutil.copy(ROOT / "docs" / "figures" / "digit.png", place / "docs" / "figures")
+    images, labels = data.load("digits", "train")
+    for digit in (0, 1):
+        (place / "pictures" / str(digit)).mkdir(parents=True)
+        for number, image in enumerate(images[labels == digit][:12]):
+            save_picture(place / "pictures" / str(digit) / f"{number}.png", image, scale=1)
     return place
+
+
+def test_every_command_is_tested() -> None:
+    assert {command for command in commands() if not command.startswith("absynth ")} == OTHERS
+    assert set(SHORTER) <= set(commands())
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("absynth ") and c not in SERVERS])
@@ -46,10 +62,29 @@ def test_command(command: str, folder: Path) -> None:
         assert " 7" in done.stdout and (folder / "why.png").stat().st_size > 10_000
 
 
-def test_make_targets_exist() -> None:
-    targets = [command.split()[1] for command in commands() if command.startswith("make ")]
-    assert targets == ["quickstart", "test"]
-    for target in targets:
+def make(target: str, folder: Path, **environment: str) -> str:
+    """Output of a target in the environment of the tests; what ``make setup`` installs is at hand already."""
+    done = subprocess.run(
+        ["make", f"--makefile={ROOT}/Makefile", "--old-file=.venv/.installed", f"BIN={sys.prefix}/bin", target],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_make_quickstart(folder: Path) -> None:
+    shown = make("quickstart", folder)
+    assert "300 test images" in shown and "prototype-abs" in shown
+    assert (folder / "quickstart" / "index.html").stat().st_size > 100_000
+
+
+def test_make_test_on_one_file(folder: Path) -> None:
+    one_file = f"-c {ROOT / 'pyproject.toml'} {ROOT / 'tests' / 'test_norms.py'}"
+    assert " passed" in make("test", folder, PYTEST_ADDOPTS=one_file)
+
+
+def test_other_targets_exist() -> None:
+    for target in re.findall(r"`make (\w+)`", README):
         done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
 

@@ -9,7 +9,8 @@ r = ||x - G_y(z*)|| and d_c = min_z ||x - G_c(z)|| without the prior's cost:
 
 * ``paper-l2`` (paper, section 5): min over c != y of (d_c^2 - E_y) / (2 (d_c + r)).
 * ``paper-linf`` (paper, section 5): the smallest e at which E_y + 2 e ||x - G_y(z*)||_1 + N e^2 reaches, for some
-  c != y, sum_i max(0, b_i - e)^2, where b_i = min_z |x_i - G_c(z)_i| is taken pixel by pixel.
+  c != y, sum_i max(0, b_i - e)^2, where b_i = min_z abs(x_i - G_c(z)_i) is taken pixel by
+  pixel.
 * ``lipschitz``: (sqrt E_2 - sqrt E_y) / 2, E_2 the lowest energy of another class: the root of an energy is a distance
   to a set, in the space of images and scaled latents, and so changes by at most the distance moved.
 * ``bisector``: min over c != y and over z of (||x - G_c(z)||^2 + beta/2 ||z||^2 - E_y) / (2 ||G_c(z) - G_y(z*)||): the

@@ -78,6 +78,10 @@ app.command()(reproduce)
 
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C 130, never a traceback."""
+    if "" not in sys.path:
+        # A model given as module:factory may lie in the folder where the command is typed. Last in the search, so
+        # that no file there hides a library.
+        sys.path.append("")
     try:
         try:
             app(prog_name="absynth")
