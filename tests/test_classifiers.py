@@ -1,12 +1,13 @@
 """ABS as a pure function of the image with the exact gradient; the analysis behind it."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from absynth.analysis import PAPER, Candidates, Schedule, analyze, prior_candidates, without_giving_up
+from absynth.analysis import PAPER, Candidates, Schedule, _bfgs, analyze, prior_candidates, without_giving_up
 from absynth.classifiers import ABS
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.errors import InputError
@@ -165,6 +166,40 @@ def test_levenberg_marquardt_goes_below_the_papers_schedule(model: ABS, images: 
     assert ours.energies.mean() < 1.001 * paper.energies.mean()
     assert (ours.energies <= start.energies).all()  # a step is only kept where it is better
     assert ours.latents.norm(dim=2).max() <= 5.0001 and paper.latents.norm(dim=2).max() <= 5.0001
+
+
+def test_quasi_newton_reaches_the_same_minima(model: ABS, images: Tensor) -> None:
+    """For the class that explains the image, from the anchors' curvature and from that of known latents."""
+    exact = model.analyze(images, schedule=Schedule(steps=30, losing_steps=30)).energies.amin(1)
+    schedule = Schedule(method="quasi-newton", steps=30, losing_steps=30)
+    found = model._find(to_blocks(images), False, schedule)
+    torch.testing.assert_close(found.energies.amin(1) / 784, exact, rtol=1e-3, atol=0)
+    nearby = found.latents + 0.1
+    again = analyze(model.folded, [], to_blocks(images), schedule, starts=nearby)
+    torch.testing.assert_close(again.energies.amin(1) / 784, exact, rtol=1e-3, atol=0)
+    assert found.latents.norm(dim=2).max() <= 5.0001
+
+
+def test_a_quasi_newton_step_never_goes_up(model: ABS, images: Tensor) -> None:
+    energies = [
+        model.analyze(images, schedule=Schedule(method="quasi-newton", steps=steps, losing_steps=steps)).energies
+        for steps in range(4)
+    ]
+    for before, after in pairwise(energies):
+        assert (after <= before).all() and after.mean() < before.mean()
+
+
+def test_bfgs_maps_the_change_of_the_gradient_to_the_step() -> None:
+    generator = torch.Generator().manual_seed(6)
+    root = torch.randn(5, 4, 4, generator=generator)
+    matrix = root @ root.mT + torch.eye(4)
+    moved = torch.randn(5, 4, generator=generator)
+    turned = (matrix @ moved[:, :, None])[:, :, 0]
+    turned[4] *= -1  # no positive inverse does that
+    inverse = torch.eye(4).expand(5, 4, 4)
+    updated = _bfgs(inverse, moved, turned)
+    torch.testing.assert_close((updated @ turned[:, :, None])[:4, :, 0], moved[:4], atol=1e-4, rtol=1e-4)
+    assert (torch.linalg.eigvalsh(updated) > 0).all() and torch.equal(updated[4], inverse[4])
 
 
 def test_latents_leave_the_ball_without_losing_their_signs(model: ABS, images: Tensor) -> None:

@@ -45,6 +45,20 @@ def test_tangents_are_the_jacobian(image_size: int, channels: int) -> None:
         torch.testing.assert_close(tangents[row], jacobian.T, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("image_size", "channels", "latent_size"), [(28, 1, 8), (20, 2, 3)])
+def test_pullback_is_the_gradient(image_size: int, channels: int, latent_size: int) -> None:
+    decoder = random_decoder(image_size, channels, latent_size)
+    folded = FoldedDecoder(decoder)
+    generator = torch.Generator().manual_seed(4)
+    latents = torch.randn(3, latent_size, generator=generator, requires_grad=True)
+    cotangents = torch.randn(3, channels, image_size, image_size, generator=generator)
+    (expected,) = torch.autograd.grad((decoder(latents) * cotangents).sum(), latents)
+    with torch.no_grad():
+        found = folded.pullback(folded.activations(latents.detach()), to_blocks(cotangents))
+    assert expected.abs().min() > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_blocks_are_a_permutation() -> None:
     images = torch.arange(2 * 3 * 16 * 16, dtype=torch.float32).view(2, 3, 16, 16)
     blocks = to_blocks(images)

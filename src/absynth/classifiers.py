@@ -19,7 +19,7 @@ from absynth.decoding import FoldedDecoder, from_blocks, to_blocks
 from absynth.errors import InputError
 from absynth.responses import Identity
 
-IMAGE_CHUNK = 128  # images analyzed at once: bounds the memory, whatever the batch
+IMAGE_CHUNK = 256  # images analyzed at once: bounds the memory, whatever the batch
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,8 @@ class FoldedDecoder(nn.Module):
     bias_2: Tensor
     weight_3: Tensor
     bias_3: Tensor
+    back_1: Tensor
+    back_2: Tensor
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder) -> None:
@@ -76,6 +78,9 @@ class FoldedDecoder(nn.Module):
         self._keep("bias_2", bias_2.repeat(4))
         self._keep("weight_3", _blocks_of_stride_1(weight_3))
         self._keep("bias_3", bias_3.repeat_interleave(BLOCK**2))
+        # the transposes of the two stride-1 convolutions, for ``pullback``
+        self._keep("back_1", self.weight_1.flip(2, 3).transpose(0, 1))
+        self._keep("back_2", self.weight_2.flip(2, 3).transpose(0, 1))
 
     def _keep(self, name: str, tensor: Tensor) -> None:
         layout = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
@@ -86,9 +91,9 @@ class FoldedDecoder(nn.Module):
 
     def activations(self, latents: Tensor) -> Activations:
         """Latents (P,D) -> the images and what their tangents need."""
-        hidden_0 = F.elu(torch.addmm(self.input_bias, latents, self.input_weight))
-        hidden_1 = F.elu(F.conv2d(self._as_maps(hidden_0), self.weight_1, self.bias_1, padding=2))
-        hidden_2 = F.elu(F.conv2d(_enlarge(hidden_1), self.weight_2, self.bias_2, padding=2))
+        hidden_0 = _elu(torch.addmm(self.input_bias, latents, self.input_weight))
+        hidden_1 = _elu(F.conv2d(self._as_maps(hidden_0), self.weight_1, self.bias_1, padding=2))
+        hidden_2 = _elu(F.conv2d(_enlarge(hidden_1), self.weight_2, self.bias_2, padding=2))
         hidden_2 = _clear_outside(hidden_2)
         logits = F.conv2d(hidden_2, self.weight_3, self.bias_3, stride=2, padding=2)
         return Activations(hidden_0, hidden_1, hidden_2, torch.sigmoid(logits).flatten(1))
@@ -106,6 +111,19 @@ class FoldedDecoder(nn.Module):
         slope_3 = F.conv2d(slope_2, self.weight_3, stride=2, padding=2)
         slope_3 = slope_3.flatten(1).view(count, size, -1)  # (P*D,C*16,S/4,S/4) -> (P,D,N)
         return slope_3 * (images * (1 - images))[:, None]
+
+    def pullback(self, activations: Activations, cotangents: Tensor) -> Tensor:
+        """Cotangents (P,N) of the images -> those of the latents (P,D): the Jacobian's transpose, in reverse mode."""
+        hidden_0, hidden_1, hidden_2, images = activations
+        blocks = self.side + 3  # a side
+        slope_3 = (cotangents * images * (1 - images)).view(len(images), -1, blocks, blocks)
+        slope_3 = slope_3.contiguous(memory_format=torch.channels_last)
+        slope_2 = F.conv_transpose2d(slope_3, self.weight_3, stride=2, padding=2, output_padding=1)
+        slope_2 = _clear_outside(slope_2.mul_(_elu_slope(hidden_2)))
+        slope_1 = F.pad(F.conv2d(slope_2, self.back_2), (0, 1, 0, 1))  # (P,16,2n+4,2n+4)
+        slope_1 = F.pixel_unshuffle(slope_1, 2).mul_(_elu_slope(hidden_1))
+        slope_0 = F.conv2d(slope_1, self.back_1).permute(0, 2, 3, 1).flatten(1)  # (P,32,n,n) -> (P,n*n*32)
+        return (slope_0 * _elu_slope(hidden_0)) @ self.input_weight.T
 
     def _as_maps(self, hidden: Tensor) -> Tensor:
         """(P,n*n*32) -> (P,32,n,n), channels-last."""
@@ -163,6 +181,14 @@ def _clear_outside(phases: Tensor) -> Tensor:
     phases[:, maps : 2 * maps, :, -1] = 0  # odd columns
     phases[:, 3 * maps :, :, -1] = 0
     return phases
+
+
+def _elu(sums: Tensor) -> Tensor:
+    """The ELU: max(s, e^min(s,0) - 1), which takes two thirds of the time of ``F.elu`` on a processor."""
+    if torch.is_grad_enabled():
+        return F.elu(sums)
+    low = sums.clamp(max=0).exp_().sub_(1)
+    return torch.maximum(sums, low, out=low)
 
 
 def _elu_slope(hidden: Tensor) -> Tensor:
