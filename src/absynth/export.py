@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from absynth.evaluation.ledger import Ledger, ledger_folders
 if TYPE_CHECKING:
     import pandas
 
-    Frame = pandas.DataFrame
+    Frame: TypeAlias = pandas.DataFrame
 
 
 def analyses_frame(
