@@ -135,17 +135,22 @@ def create_app(shelf: Shelf, limits: Limits | None = None) -> FastAPI:
                 yield _line(Asking(model=name, loading=shelf.state(name) != "ready"))
                 try:
                     yield _line(Answered(answer=await looks.run(partial(_answer, shelf, name, image))))
-                except (InputError, Busy) as error:
-                    yield _line(Failed(error=str(error), model=name))
+                except Exception as error:
+                    yield _line(Failed(error=_told(error), model=name))
 
         return StreamingResponse(lines(), media_type=LINES)
 
     @app.post("/api/attack")
     async def attack(asked: AttackRequest) -> StreamingResponse:
         image = decode(asked.image)
-        # Without a thread of its own, the slot is taken here: a client without room is told by the status.
         ready: asyncio.Future[search.Watch] = asyncio.get_running_loop().create_future()
-        leave = asyncio.Event()
+        left = asyncio.Event()  # the client has hung up
+
+        def give(watched: search.Watch) -> None:
+            if left.is_set():
+                watched.stop.set()
+            elif not ready.done():
+                ready.set_result(watched)
 
         def work() -> search.Result:
             loop = ready.get_loop()
@@ -155,21 +160,19 @@ def create_app(shelf: Shelf, limits: Limits | None = None) -> FastAPI:
             except BaseException as error:
                 loop.call_soon_threadsafe(_fail, ready, error)
                 raise
-            if leave.is_set():
-                watched.stop.set()
-            loop.call_soon_threadsafe(_give, ready, watched)
+            loop.call_soon_threadsafe(give, watched)
             return search.smallest(watched, asked.target)
 
-        running = await attacks.start(work)
+        running = await attacks.start(work)  # here, not in the stream: a client without room is told by the status
 
         async def lines() -> AsyncIterator[str]:
             try:
                 async for event in _watched(ready, running):
                     yield _line(event)
-            except InputError as error:
-                yield _line(Failed(error=str(error)))
-            finally:  # the client has hung up, or all is told
-                leave.set()
+            except Exception as error:
+                yield _line(Failed(error=_told(error)))
+            finally:
+                left.set()
                 if ready.done() and not ready.cancelled() and ready.exception() is None:
                     ready.result().stop.set()
 
@@ -214,11 +217,6 @@ async def _watched(
     )
 
 
-def _give(ready: asyncio.Future[search.Watch], watched: search.Watch) -> None:
-    if not ready.done():
-        ready.set_result(watched)
-
-
 def _fail(ready: asyncio.Future[search.Watch], error: BaseException) -> None:
     if not ready.done():
         ready.set_exception(error)
@@ -226,6 +224,13 @@ def _fail(ready: asyncio.Future[search.Watch], error: BaseException) -> None:
 
 def _line(event: BaseModel) -> str:
     return event.model_dump_json() + "\n"
+
+
+def _told(error: Exception) -> str:
+    """One line about an error."""
+    if isinstance(error, (InputError, Busy)):
+        return str(error)
+    return " ".join(f"a fault of absynth itself, {type(error).__name__}: {error}".split())
 
 
 def _cropped(ink: Tensor) -> Tensor:
@@ -264,4 +269,4 @@ def _errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def fault(_request: Request, error: Exception) -> Response:
-        return answer(500, " ".join(f"a fault of absynth itself, {type(error).__name__}: {error}".split()))
+        return answer(500, _told(error))
