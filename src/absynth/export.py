@@ -17,9 +17,7 @@ from absynth.errors import InputError
 from absynth.evaluation.ledger import Ledger, ledger_folders
 
 if TYPE_CHECKING:
-    import pandas
-
-    Frame = pandas.DataFrame
+    from pandas import DataFrame as Frame
 
 
 def analyses_frame(
