@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -31,7 +32,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:Tip. In future versions of Ray:FutureWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings(
+        r"ignore:Exception ignored in. <(_io\.|socket|function Popen\.__del__):pytest.PytestUnraisableExceptionWarning"
+    ),
 ]
 
 
@@ -106,6 +109,8 @@ def nodes() -> Iterator[Nodes]:
         started = Nodes()
         yield started
         started.cluster.shutdown()
+        del started
+        gc.collect()  # now, where the warnings of Ray's processes are expected, not in the midst of another test
     finally:
         os.environ.clear()
         os.environ.update(before)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -17,9 +17,7 @@ from absynth.errors import InputError
 from absynth.evaluation.ledger import Ledger, ledger_folders
 
 if TYPE_CHECKING:
-    import pandas
-
-    Frame: TypeAlias = pandas.DataFrame
+    from pandas import DataFrame as Frame
 
 
 def analyses_frame(
