@@ -305,7 +305,10 @@ class _Problems:
             slope = -2 * share * (descent * direction).sum(1)
             shorter = share * (-slope / (2 * (found - energies - slope)).clamp(min=1e-12)).clamp(0.1, 0.5)
             self.damping[chunk] = torch.where(better, 1.0, shorter)
-            self.moving[chunk] = ~better | (energies - found > self.schedule.tolerance * found)
+            gain = torch.where(
+                better, energies - found, -slope / 2
+            )  # or, where rejected, what a step could have gained
+            self.moving[chunk] = gain > self.schedule.tolerance * energies
             taken = chunk[better]
             self.latents[taken], self.energies[taken] = latents[better], found[better]
             self.images[taken], self.descent[taken] = activations.images[better], downhill[better]
@@ -354,7 +357,7 @@ def _inverse_curvature(decoder: FoldedDecoder, latents: Tensor, beta: float) -> 
     for chunk in latents.split(REFINE_CHUNK):
         jacobian = decoder.tangents(decoder.activations(chunk))  # (P,D,N)
         curvature = jacobian @ jacobian.mT + beta / 2 * torch.eye(latents.shape[1], device=latents.device)
-        curvature.diagonal(dim1=1, dim2=2).mul_(1 + CAUTION)
+        curvature.diagonal(dim1=1, dim2=2).mul_(1 + CAUTION).add_(1e-6)  # where no pixel answers and beta is 0
         found.append(torch.linalg.inv(curvature))
     return torch.cat(found)
 
