@@ -28,6 +28,9 @@ def write_all(folder: Path, *, refusal: float = 0.0) -> Path:
             write(folder, name, model.state_dict(), {"maps": maps, "classes": 10, "binarized": name == "binary-cnn"})
         write(folder, "madry", {key: value.half() for key, value in MadryCNN().state_dict().items()}, {"classes": 10})
         _write_prototype_abs(folder, refusal)
+        for name in ("abs", "prototype-abs"):
+            file = zoo.read(folder / f"{name}.safetensors")
+            write(folder, f"saturating-{name}", file.tensors, {**file.header["config"], "response": {"a": 0.25}})
     images, labels = data.load("digits", "train")
     stored = {"images": (images * 255).round().to(torch.uint8)[:200], "labels": labels.to(torch.uint8)[:200]}
     write(folder, "nearest-neighbor", stored, {"classes": 10})

@@ -24,8 +24,8 @@ from absynth.analysis import prior_candidates
 from absynth.baselines import CNN, Binarized, MadryCNN, NearestNeighbor
 from absynth.classifiers import ABS
 from absynth.errors import InputError, unknown_name
-from absynth.prototypes import PrototypeABS
-from absynth.responses import Threshold
+from absynth.prototypes import PrototypeABS, SaturatingPrototypeABS
+from absynth.responses import Ramp, Threshold
 from absynth.vae import Decoder, VAEConfig
 
 WEIGHTS = Path(str(files("absynth"))) / "weights"
@@ -39,6 +39,8 @@ DESCRIPTIONS = {
     "nearest-neighbor": "nearest training image of each class in L2",
     "madry": "adversarially trained network (L-infinity 0.3)",
     "prototype-abs": "ABS with a finite set of explanations: exact and certified",
+    "saturating-abs": "ABS on saturated pixels: robust in L2 and L-infinity at once",
+    "saturating-prototype-abs": "the same with a finite set of explanations: certified",
 }
 
 
@@ -172,13 +174,18 @@ def from_released(path: str | Path, *, binary: bool = False) -> ABS:
     return ABS(decoders, candidates, response=Threshold(), scales=scales)
 
 
-def _abs(file: WeightFile, folder: Path) -> ABS:
+def _abs(file: WeightFile, folder: Path, response: Ramp | None = None) -> ABS:
     """Tensors "K.decoder.*" of every class K, and "candidates" (K,M,D)."""
     config = file.header["config"]
     return ABS(
-        _decoders(file), file.tensors["candidates"].float(), alpha=config["alpha"], eta=config["eta"],
-        beta=config["beta"], refusal=config["refusal"],
+        _decoders(file), file.tensors["candidates"].float(), response=response, alpha=config["alpha"],
+        eta=config["eta"], beta=config["beta"], refusal=config["refusal"],
     )  # fmt: skip
+
+
+def _saturating_abs(file: WeightFile, folder: Path) -> ABS:
+    """As ``_abs``, with "response" in the configuration."""
+    return _abs(file, folder, Ramp(file.header["config"]["response"]["a"]))
 
 
 def _decoders(file: WeightFile) -> list[Decoder]:
@@ -219,6 +226,16 @@ def _prototype_abs(file: WeightFile, folder: Path) -> PrototypeABS:
     )  # fmt: skip
 
 
+def _saturating_prototype_abs(file: WeightFile, folder: Path) -> SaturatingPrototypeABS:
+    """As ``_prototype_abs``, with "response" in the configuration."""
+    config = file.header["config"]
+    return SaturatingPrototypeABS(
+        _decoders(file), [file.tensors[f"{number}.latents"].float() for number in range(config["classes"])],
+        response=Ramp(config["response"]["a"]), beta=config["beta"], alpha=config["alpha"], eta=config["eta"],
+        refusal=config["refusal"],
+    )  # fmt: skip
+
+
 def _cnn(file: WeightFile, folder: Path) -> nn.Module:
     config = file.header["config"]
     network = CNN(tuple(config["maps"]), config["classes"], config.get("channels", 1), config.get("image_size", 28))
@@ -250,4 +267,6 @@ _BUILDERS: dict[str, Callable[[WeightFile, Path], nn.Module]] = {
     "madry": _madry,
     "nearest-neighbor": _nearest_neighbor,
     "prototype-abs": _prototype_abs,
+    "saturating-abs": _saturating_abs,
+    "saturating-prototype-abs": _saturating_prototype_abs,
 }
