@@ -23,8 +23,8 @@ classifier rounds too: ``Prototypes.slack`` bounds by how much it may misjudge a
 by half of that. The certificate is for the prototypes as this machine decoded them.
 
 **Through a ramp.** Where the classifier compares a response t(x) with its prototypes (``Prototypes.response``), (1)
-holds with t(x + d) - t(x) for d and t(x) for x. What a pixel gains by a move is then a known function of the move, flat,
-linear, flat, and the least norms follow from it: exact in L0 and L-infinity, lower bounds in L2 and L1 (``least``).
+holds with t(x + d) - t(x) for d and t(x) for x. What a pixel gains by a move is then a known function of the move,
+flat, linear, flat, and the least norms follow: exact in L0 and L-infinity, lower bounds in L2 and L1 (``least``).
 
 Shapes: M prototypes, N pixels, R rivals, T prototypes of the true class.
 """

@@ -26,6 +26,7 @@ from absynth.classifiers import ABS
 from absynth.errors import InputError, unknown_name
 from absynth.prototypes import PrototypeABS, SaturatingPrototypeABS
 from absynth.responses import Ramp, Threshold
+from absynth.smoothing import Smoothed
 from absynth.vae import Decoder, VAEConfig
 
 WEIGHTS = Path(str(files("absynth"))) / "weights"
@@ -41,6 +42,9 @@ DESCRIPTIONS = {
     "prototype-abs": "ABS with a finite set of explanations: exact and certified",
     "saturating-abs": "ABS on saturated pixels: robust in L2 and L-infinity at once",
     "saturating-prototype-abs": "the same with a finite set of explanations: certified",
+    "l2-adversarial": "adversarially trained network (L2 2.0)",
+    "msd": "network trained against L-infinity 0.3, L2 2.0 and L1 10 at once",
+    "smoothed-cnn": "majority vote of a network over noisy copies of the image",
 }
 
 
@@ -253,6 +257,10 @@ def _madry(file: WeightFile, folder: Path) -> nn.Module:
     return model
 
 
+def _smoothed_cnn(file: WeightFile, folder: Path) -> nn.Module:
+    return Smoothed(_cnn(file, folder), file.header["config"]["sigma"], file.header["config"]["samples"])
+
+
 def _nearest_neighbor(file: WeightFile, folder: Path) -> nn.Module:
     """Tensors "images" (N,C,S,S) uint8 and "labels" (N,)."""
     return NearestNeighbor(file.tensors["images"].float() / 255, file.tensors["labels"].long())
@@ -269,4 +277,7 @@ _BUILDERS: dict[str, Callable[[WeightFile, Path], nn.Module]] = {
     "prototype-abs": _prototype_abs,
     "saturating-abs": _saturating_abs,
     "saturating-prototype-abs": _saturating_prototype_abs,
+    "l2-adversarial": _madry,
+    "msd": _madry,
+    "smoothed-cnn": _smoothed_cnn,
 }

@@ -1,4 +1,4 @@
-"""The boundary projection of a model with a saturating response, solved exactly pixel by pixel; and a greedy L0 attack."""
+"""Boundary projection through a saturating response, solved exactly pixel by pixel; and a greedy L0 attack."""
 
 from __future__ import annotations
 
@@ -186,8 +186,8 @@ class RampProjection(Attack):
 
 @dataclass(frozen=True)
 class RampGreedy(Attack):
-    """Pixel by pixel, the one that gains most by going to an end of the ramp, with a fresh gradient for each; then every
-    pixel that can be reset is reset."""
+    """Pixel by pixel, the one that gains most by going to an end of the ramp, with a fresh gradient for each; then
+    every pixel that can be reset is reset."""
 
     steps: int = 80
     norm: Norm = field(default=L0, repr=False)
