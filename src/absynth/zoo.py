@@ -182,7 +182,7 @@ def _abs(file: WeightFile, folder: Path, response: Ramp | None = None) -> ABS:
     """Tensors "K.decoder.*" of every class K, and "candidates" (K,M,D)."""
     config = file.header["config"]
     return ABS(
-        _decoders(file), file.tensors["candidates"].float(), response=response, alpha=config["alpha"],
+        decoders_of(file), file.tensors["candidates"].float(), response=response, alpha=config["alpha"],
         eta=config["eta"], beta=config["beta"], refusal=config["refusal"],
     )  # fmt: skip
 
@@ -192,7 +192,8 @@ def _saturating_abs(file: WeightFile, folder: Path) -> ABS:
     return _abs(file, folder, Ramp(file.header["config"]["response"]["a"]))
 
 
-def _decoders(file: WeightFile) -> list[Decoder]:
+def decoders_of(file: WeightFile) -> list[Decoder]:
+    """The decoders in a weight file, one a class: tensors "K.decoder.*"."""
     config = file.header["config"]
     sizes = VAEConfig(config["image_size"], config["channels"], config["latent_size"])
     decoders = []
@@ -225,7 +226,7 @@ def _prototype_abs(file: WeightFile, folder: Path) -> PrototypeABS:
     """Tensors "K.latents" (M_K,D) of every class K, and its decoders as in ABS weights, "K.decoder.*"."""
     config = file.header["config"]
     return PrototypeABS(
-        _decoders(file), [file.tensors[f"{number}.latents"].float() for number in range(config["classes"])],
+        decoders_of(file), [file.tensors[f"{number}.latents"].float() for number in range(config["classes"])],
         beta=config["beta"], alpha=config["alpha"], eta=config["eta"], refusal=config["refusal"],
     )  # fmt: skip
 
@@ -234,7 +235,7 @@ def _saturating_prototype_abs(file: WeightFile, folder: Path) -> SaturatingProto
     """As ``_prototype_abs``, with "response" in the configuration."""
     config = file.header["config"]
     return SaturatingPrototypeABS(
-        _decoders(file), [file.tensors[f"{number}.latents"].float() for number in range(config["classes"])],
+        decoders_of(file), [file.tensors[f"{number}.latents"].float() for number in range(config["classes"])],
         response=Ramp(config["response"]["a"]), beta=config["beta"], alpha=config["alpha"], eta=config["eta"],
         refusal=config["refusal"],
     )  # fmt: skip
