@@ -2,7 +2,7 @@
 
     python benchmarks/line.py [--images 100] [--ramps 0,0.1,0.2,0.25,0.3,0.4,0.48] [--out runs/line]
 
-The same decoders (those of ``abs`` and ``prototype-abs``, not trained anew, or of other weight files) behind every ramp.
+The same decoders, those of ``abs`` and ``prototype-abs``, not trained anew, behind every ramp.
 ABS is attacked by ``ramp-projection`` in L2, L-infinity and L0; the prototypes are certified. Rows go to
 ``OUT/line.json`` as they come, and a run that was stopped goes on; the figure is ``OUT/line.png``.
 """

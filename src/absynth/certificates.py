@@ -232,10 +232,12 @@ class View:
 
     def within(self, radius: float) -> tuple[Tensor, Tensor]:
         """The most (N,) that each pixel gains, up and down, by a move of ``radius`` or less."""
-        up, down = self.box.enter_up, self.box.enter_down
-        risen = torch.minimum((radius - (0 if up is None else up)).clamp(min=0), self.box.up)  # type: ignore[union-attr]
-        fallen = torch.minimum((radius - (0 if down is None else down)).clamp(min=0), self.box.down)  # type: ignore[union-attr]
-        return (self.slope * risen).float(), (self.slope * fallen).float()
+
+        def gained(entry: Tensor | None, length: Tensor) -> Tensor:
+            way = torch.full_like(length, radius) if entry is None else radius - entry
+            return (self.slope * torch.minimum(way.clamp(min=0), length)).float()
+
+        return gained(self.box.enter_up, self.box.up), gained(self.box.enter_down, self.box.down)
 
 
 @dataclass(frozen=True)

@@ -174,14 +174,21 @@ def onto_halfspace(norm: Norm, ramp: Ramp, images: Tensor, gradient: Tensor, nee
 
 
 def _fill(priority: Tensor, w: Tensor, entry: Tensor, length: Tensor, need: Tensor) -> Tensor:
-    """Pixels in order of ``priority`` to their ends, until the gains w * length add up; the last only as far as
-    needed."""
+    """Pixels in order of ``priority`` to their ends while all of them are needed, and one more, only as far as needed:
+    the one that gets there at the least cost."""
     order = priority.argsort(dim=1, descending=True, stable=True)
     w, entry, length = w.gather(1, order), entry.gather(1, order), length.gather(1, order)
     gains = w * length
-    missing = need.unsqueeze(1) - (gains.cumsum(1) - gains)
-    gained = torch.minimum(length, (missing / w.clamp(min=1e-300)).clamp(min=0))
-    amount = torch.where((gains > 0) & (gained > 0), entry + gained, 0.0)
+    total = gains.cumsum(1)
+    whole = (total <= need.unsqueeze(1)) & (gains > 0)
+    rest = (need - torch.where(whole, gains, 0.0).sum(1)).clamp(min=0).unsqueeze(1)
+    way = rest / w.clamp(min=1e-300)
+    last = torch.where(
+        ~whole & (w > 0) & (way <= length), entry + way, torch.inf
+    )  # (B,N): what finishing with it costs
+    cost, pixel = last.min(dim=1, keepdim=True)
+    amount = torch.where(whole, entry + length, 0.0)
+    amount = amount.scatter_add(1, pixel, torch.where(cost.isfinite() & (rest > 0), cost, 0.0))
     return torch.zeros_like(amount).scatter(1, order, amount)
 
 
@@ -196,20 +203,26 @@ def _shortest(w: Tensor, entry: Tensor, length: Tensor, need: Tensor) -> Tensor:
 
     most = torch.full_like(need, 4.0) / torch.where(w > 0, w, torch.inf).amin(1).clamp(max=1e12)
     multiplier = _multiplier(jumping, w, need, most)
-    jumped = jumping(multiplier) > 0
+    gained = w * jumping(multiplier)
+    # pixels that jump together, at this very multiplier, need not all do so: as many as it takes, those of most gain
+    sure = jumping(multiplier * (1 - 1e-9)) > 0
+    missing = need - torch.where(sure, gained, 0.0).sum(1)
+    ordered, order = torch.where(sure, 0.0, gained).sort(dim=1, descending=True)
+    wanted = ordered.cumsum(1) - ordered < missing.unsqueeze(1)
+    jumped = sure | (torch.zeros_like(sure).scatter(1, order, wanted) & (gained > 0))
 
     def sliding(t: Tensor) -> Tensor:  # those that jumped share what is needed; none of them goes back
         return torch.where(jumped, (torch.minimum(t.unsqueeze(1) * w, end) - entry).clamp(min=0), 0.0)
 
-    gained = sliding(_multiplier(sliding, w, need, multiplier))
-    return torch.where(gained > 0, entry + gained, 0.0)
+    amount = sliding(_multiplier(sliding, w, need, multiplier))
+    return torch.where(amount > 0, entry + amount, 0.0)
 
 
 def _multiplier(gained: Callable[[Tensor], Tensor], w: Tensor, need: Tensor, most: Tensor) -> Tensor:
-    """The smallest t (B,) in [0, ``most``], up to 2^-40 of it, at which the gains w * gained(t) reach ``need``; else
+    """The smallest t (B,) in [0, ``most``], up to 2^-60 of it, at which the gains w * gained(t) reach ``need``; else
     ``most``."""
     low, high = torch.zeros_like(most), most.clone()
-    for _ in range(40):
+    for _ in range(60):
         middle = (low + high) / 2
         enough = (w * gained(middle)).sum(1) >= need
         low, high = torch.where(enough, low, middle), torch.where(enough, middle, high)
