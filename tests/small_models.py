@@ -26,8 +26,14 @@ def write_all(folder: Path, *, refusal: float = 0.0) -> Path:
             network = CNN(maps).eval()
             model = Binarized(network) if name == "binary-cnn" else network
             write(folder, name, model.state_dict(), {"maps": maps, "classes": 10, "binarized": name == "binary-cnn"})
-        write(folder, "madry", {key: value.half() for key, value in MadryCNN().state_dict().items()}, {"classes": 10})
+        for name in ("madry", "l2-adversarial", "msd"):
+            write(folder, name, {key: value.half() for key, value in MadryCNN().state_dict().items()}, {"classes": 10})
+        smoothed = {"maps": (3, 3, 3), "classes": 10, "sigma": 0.5, "samples": 5}
+        write(folder, "smoothed-cnn", CNN((3, 3, 3)).eval().state_dict(), smoothed)
         _write_prototype_abs(folder, refusal)
+        for name in ("abs", "prototype-abs"):
+            file = zoo.read(folder / f"{name}.safetensors")
+            write(folder, f"saturating-{name}", file.tensors, {**file.header["config"], "response": {"a": 0.25}})
     images, labels = data.load("digits", "train")
     stored = {"images": (images * 255).round().to(torch.uint8)[:200], "labels": labels.to(torch.uint8)[:200]}
     write(folder, "nearest-neighbor", stored, {"classes": 10})

@@ -11,6 +11,7 @@ from absynth.attacks.base import Attack, Goal
 from absynth.attacks.catalog import ATTACKS
 from absynth.attacks.estimated import Estimated
 from absynth.attacks.foolbox_adapter import AutoAttack
+from absynth.attacks.ramp import Straight
 from absynth.attacks.search import SmallestRadius
 from absynth.attacks.transfer import Transfer
 from attack_models import images_near, prototypes, unbreakable
@@ -60,6 +61,8 @@ def small(attack: Attack, few: bool = False) -> Attack:
         return replace(attack, substitute=MODEL)
     if isinstance(attack, SmallestRadius) and attack.family == "square":
         return replace(attack, attack=replace(attack.attack, steps=30 if few else 150))
+    if isinstance(attack, Straight):
+        return replace(attack, attack=small(attack.attack, few))
     fewer = STEPS.get(attack.family, {}) | (FEW.get(attack.family, {}) if few else {})
     return replace(attack, **fewer)
 
@@ -70,7 +73,7 @@ EVERY = pytest.mark.parametrize("name", NAMES)
 
 def allowed(attack: Attack) -> float:
     guessing = attack.knowledge == "decision" or attack.family == "square"
-    return LOOSE.get(attack.name, 2.0 if guessing else 1.25)
+    return LOOSE.get(attack.name.replace("-straight", ""), 2.0 if guessing else 1.25)
 
 
 @EVERY

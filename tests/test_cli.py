@@ -184,10 +184,10 @@ def test_models(run: Run, weights: Path) -> None:
     assert list(found) == list(zoo.names())
     for name, one in found.items():
         model = zoo.load(name, folder=weights)
-        if name in ("abs", "binary-abs"):
+        if name in ("abs", "binary-abs", "saturating-abs"):
             expected = sum(p.numel() for decoder in model.decoders for p in decoder.parameters())
             expected += 10 if name == "binary-abs" else 0  # a factor a class
-        elif name == "prototype-abs":  # it keeps what its decoders made, not the decoders
+        elif name.endswith("prototype-abs"):  # it keeps what its decoders made, not the decoders
             expected = found["abs"]["parameters"] + model.latents.numel()
         else:
             expected = sum(p.numel() for p in model.parameters())

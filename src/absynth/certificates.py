@@ -22,6 +22,10 @@ float64 from the stored float32 image and prototypes, and the result is lowered 
 classifier rounds too: ``Prototypes.slack`` bounds by how much it may misjudge a difference of two f, and b is lowered
 by half of that. The certificate is for the prototypes as this machine decoded them.
 
+**Through a ramp.** Where the classifier compares a response t(x) with its prototypes (``Prototypes.response``), (1)
+holds with t(x + d) - t(x) for d and t(x) for x. What a pixel gains by a move is then a known function of the move,
+flat, linear, flat, and the least norms follow: exact in L0 and L-infinity, lower bounds in L2 and L1 (``least``).
+
 Shapes: M prototypes, N pixels, R rivals, T prototypes of the true class.
 """
 
@@ -39,6 +43,7 @@ from absynth.checks import check_images
 from absynth.errors import InputError
 from absynth.least import LEAST, MARGIN, Box, least_l2_joint, least_norm
 from absynth.nearest import relative_error
+from absynth.responses import Ramp
 
 METHOD = "bisector"
 SCREENING = 1e-3  # relative: float32 sums of a thousand positive terms err by less than 1e-4
@@ -49,13 +54,19 @@ class Prototypes:
     """What a classifier by the nearest prototype compares images with.
 
     ``points`` (M,N) float32 in [0,1], ``costs`` (M,), ``labels`` (M,), sorted by label. ``slack``: the deployed
-    classifier, which rounds, never prefers a class whose f exceeds another's by more than this.
+    classifier, which rounds, never prefers a class whose f exceeds another's by more than this. ``response``: what is
+    done to the pixels first; None: nothing.
     """
 
     points: Tensor
     costs: Tensor
     labels: Tensor
     slack: float = 0.0
+    response: Ramp | None = None
+
+    def see(self, images: Tensor) -> Tensor:
+        """What is compared with the prototypes."""
+        return images if self.response is None else self.response(images)
 
 
 @runtime_checkable
@@ -78,7 +89,7 @@ def check_model(model: object) -> None:
     if not isinstance(model, HasPrototypes):
         raise InputError(
             f"{type(model).__name__} has no certificates: only classifiers by the nearest prototype have them, "
-            "prototype-abs and nearest-neighbor"
+            "prototype-abs, saturating-prototype-abs and nearest-neighbor"
         )
 
 
@@ -143,25 +154,31 @@ class Certifier:
         first, last = torch.searchsorted(labels, torch.tensor([label, label + 1], device=labels.device)).tolist()
         if first == last:
             raise InputError(f"label is {label}, of which there is no prototype: give labels of the model's classes")
+        view = View.of(image, self.prototypes.response)
         fixed = self.squares + self.prototypes.costs  # (M,): energies up to ||x||^2 - 2 x . p
-        mine = fixed[first:last] - 2 * (points[first:last] @ image)
+        mine = fixed[first:last] - 2 * (points[first:last] @ view.seen)
         own = first + mine.topk(min(self.near, last - first), largest=False).indices  # (T,)
-        products = points @ torch.cat([points[own], image[None]]).T  # (M,T+1), in one pass over the prototypes
+        # the unbounded L2 distance to every bisecting plane tells which p of its own class to hold against a rival;
+        # through a ramp each pixel counts by what it can gain for its way
+        weights = torch.maximum(view.rise, view.fall).square() if self.prototypes.response is not None else None
+        ours = points[own] if weights is None else points[own] * weights
+        products = points @ torch.cat([ours, view.seen[None]]).T  # (M,T+1), in one pass over the prototypes
         energies = fixed - 2 * products[:, -1]  # (M,)
-        # the unbounded L2 distance to every bisecting plane tells which p of its own class to hold against a rival
-        apart = (self.squares[:, None] + self.squares[own] - 2 * products[:, :-1]).clamp(min=0)
-        apart = (apart + self.error).sqrt()  # at least the distance
+        squares = self.squares if weights is None else weighted_squares(points, weights)
+        apart = (squares[:, None] + squares[own] - 2 * products[:, :-1]).clamp(min=0)
+        # at least the distance
+        apart = (apart + self.error * (1 if weights is None else float(weights.max()))).sqrt()
         thresholds = (energies[:, None] - energies[own] - self.prototypes.slack - self.error) / 2  # (M,T), at most b
         distances, best = (thresholds / apart).topk(min(self.tried, len(own)), dim=1)  # (M,t)
         threshold = thresholds.gather(1, best[:, :1])[:, 0]
         distance = distances[:, 0]
         distance[first:last] = torch.inf  # the true class's own claim nothing
-        return Planes(self.prototypes, image, own, best, threshold, distance, self.error)
+        return Planes(self.prototypes, view, own, best, threshold, distance, self.error)
 
     def broken(self, image: Tensor, label: int) -> bool:
         """Whether an image (N,), float64, is nearer to a prototype of another class; a tie is broken."""
         points, costs = self.prototypes.points.double(), self.prototypes.costs.double()
-        energies = (points - image).square().sum(1) + costs
+        energies = (points - self.prototypes.see(image)).square().sum(1) + costs
         own = self.prototypes.labels == label
         return bool(energies[~own].min() <= energies[own].min())
 
@@ -170,6 +187,57 @@ FIRST = 64  # rivals measured before it is known how far to look
 CHUNK = 16  # rivals measured at once
 JOINT = 6  # rivals measured against several planes at once
 ROWS = 256  # rivals screened at once: their slopes stay in the cache
+FACTORS = (1.2, 1.6)  # the multipliers tried in screening, times threshold / radius^2; without a ramp 1 is the best
+
+
+def weighted_squares(points: Tensor, weights: Tensor) -> Tensor:
+    """Sums (M,) of weights * p^2 of points (M,N), without a copy of all of them."""
+    return torch.cat([rows.square() @ weights for rows in points.split(ROWS)])
+
+
+@dataclass(frozen=True)
+class View:
+    """What one image (N,) looks like to the prototypes, and what moving its pixels does to that.
+
+    ``exact`` in float64; ``seen`` the same in float32, and in float32 too, for screening: how much each pixel gains
+    going ``up`` and ``down`` as far as it can, and the most it gains for each unit of the way, ``rise`` and ``fall``; 0
+    where it cannot go. ``box``: the ways, in float64, in which a unit changes what is seen by ``slope``.
+    """
+
+    pixels: Tensor
+    exact: Tensor
+    box: Box
+    slope: float
+    seen: Tensor
+    up: Tensor
+    down: Tensor
+    rise: Tensor
+    fall: Tensor
+
+    @staticmethod
+    def of(image: Tensor, response: Ramp | None) -> View:
+        """The view of an image (N,) float32."""
+        pixels = image.double()
+        if response is None:
+            box, exact, slope = Box(1 - pixels, pixels), pixels, 1.0
+            rise, fall = (box.up > 0).float(), (box.down > 0).float()
+        else:
+            enter_up, up = response.moves(pixels, up=True)
+            enter_down, down = response.moves(pixels, up=False)
+            box, exact, slope = Box(up, down, enter_up, enter_down), response(pixels), response.slope
+            rise = torch.where(up > 0, slope * up / (enter_up + up), 0.0).float()
+            fall = torch.where(down > 0, slope * down / (enter_down + down), 0.0).float()
+        up, down = (slope * box.up).float(), (slope * box.down).float()
+        return View(pixels, exact, box, slope, exact.float(), up, down, rise, fall)
+
+    def within(self, radius: float) -> tuple[Tensor, Tensor]:
+        """The most (N,) that each pixel gains, up and down, by a move of ``radius`` or less."""
+
+        def gained(entry: Tensor | None, length: Tensor) -> Tensor:
+            way = torch.full_like(length, radius) if entry is None else radius - entry
+            return (self.slope * torch.minimum(way.clamp(min=0), length)).float()
+
+        return gained(self.box.enter_up, self.box.up), gained(self.box.enter_down, self.box.down)
 
 
 @dataclass(frozen=True)
@@ -183,7 +251,7 @@ class Planes:
     """
 
     prototypes: Prototypes
-    image: Tensor
+    view: View
     own: Tensor
     best: Tensor
     thresholds: Tensor
@@ -191,70 +259,102 @@ class Planes:
     error: float
 
     @property
-    def exact(self) -> Tensor:
+    def pixels(self) -> Tensor:
         """The image in float64."""
-        return self.image.double()
+        return self.view.pixels
 
     @property
     def box(self) -> Box:
         """How far its pixels can go."""
-        return Box(1 - self.exact, self.exact)
+        return self.view.box
 
     def exactly(self, rivals: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Rivals (r,) and prototypes of the true class (r,t) -> slopes (r,t,N) and thresholds (r,t), float64."""
         points, costs = self.prototypes.points, self.prototypes.costs.double()
         theirs, ours = points[rivals].double()[:, None], points[chosen].double()
-        theirs_f = (self.exact - theirs).square().sum(2) + costs[rivals, None]  # (r,1)
-        ours_f = (self.exact - ours).square().sum(2) + costs[chosen]  # (r,t)
-        return theirs - ours, (theirs_f - ours_f - self.prototypes.slack) / 2
+        theirs_f = (self.view.exact - theirs).square().sum(2) + costs[rivals, None]  # (r,1)
+        ours_f = (self.view.exact - ours).square().sum(2) + costs[chosen]  # (r,t)
+        return self.view.slope * (theirs - ours), (theirs_f - ours_f - self.prototypes.slack) / 2
 
     def coarse(self, norm: str) -> Tensor:
         """Lower bounds (M,) of what every prototype asks for, from a few products; infinite for the true class's."""
         if norm == "l2":
             bounds = self.distances  # the box can only make it more
         elif norm == "linf":
-            bounds = self.thresholds / (self._reach() + self.error)
+            bounds = self.thresholds / (self._gained(self.view.rise, self.view.fall) + self.error)
+        elif norm == "l0":
+            bounds = self.thresholds  # no pixel gains more than 1
         else:
-            bounds = self.thresholds  # no pixel gains more than 1, nor more than it moves
+            bounds = self.thresholds / max(float(self.view.rise.max()), float(self.view.fall.max()), 1e-30)
         bounds = torch.where(self.thresholds > 0, bounds * (1 - SCREENING), -torch.inf)
         return torch.where(torch.isinf(self.distances), torch.inf, bounds)
 
-    def _reach(self) -> Tensor:
-        """At least the sum (M,) of the slopes that have room, by one product: for values in [0,1], (p' - p)+ is at most
-        p' (1 - p), (p - p')+ at most p (1 - p'), and |p' - p| at most their sum."""
-        black, white = self.image == 0, self.image == 1  # pixels that cannot fall, that cannot rise
+    def beyond(self, radius: float) -> Tensor:
+        """Which of the prototypes (M,) ask for more than ``radius`` in L-infinity, by one product; the others may."""
+        most = self._gained(*self.view.within(radius)) + self.error
+        return self.thresholds * (1 - SCREENING) > most
+
+    def _gained(self, rise: Tensor, fall: Tensor) -> Tensor:
+        """At least the sum (M,) of rise * (p' - p)+ and fall * (p - p')+, by one product: for values in [0,1] the first
+        is at most p' (1 - p), the second at most p (1 - p')."""
         ours = self.prototypes.points[self.own]  # (T,N)
-        weights = (~white) * (1 - ours) - (~black) * ours
-        products = self.prototypes.points @ weights.T + ((~black) * ours).sum(1)  # (M,T)
+        weights = rise * (1 - ours) - fall * ours
+        products = self.prototypes.points @ weights.T + (fall * ours).sum(1)  # (M,T)
         return products.gather(1, self.best[:, :1])[:, 0]
 
-    def fine(self, norm: str, rivals: Tensor) -> Tensor:
-        """Lower bounds (r,) of what rivals (r,) ask for, in float32, from the first of their planes alone."""
-        up, down = 1 - self.image, self.image
-        can_rise, can_fall = (up > 0).float(), (down > 0).float()
+    def fine(self, norm: str, rivals: Tensor, radius: float) -> Tensor:
+        """Lower bounds (r,) of what rivals (r,) ask for, in float32, from the first of their planes alone; ``radius``,
+        the smallest known, is where they should be tight."""
         points, ours = self.prototypes.points, self.prototypes.points[self.own]
         bounds = []
         for rows in rivals.split(ROWS):
             threshold = self.thresholds[rows]
             slopes = points[rows] - ours[self.best[rows, 0]]  # (r,N)
-            rise, fall = slopes.clamp(min=0), slopes.clamp_(max=0).neg_()
-            if norm == "l0":
-                gains = rise.mul_(up).add_(fall.mul_(down))
-                # k pixels gain at most k t + the sum of what exceeds t, for every t
-                fewest = threshold / gains.amax(1)
-                for level in (0.4, 0.6, 0.75, 0.9):
-                    fewest = torch.maximum(fewest, (threshold - (gains - level).clamp_(min=0).sum(1)) / level)
-                bounds.append(fewest)
-                continue
-            useful = rise.mul_(can_rise).add_(fall.mul_(can_fall))  # slopes where there is room at all
-            if norm == "l2":
-                bounds.append(threshold / torch.linalg.vector_norm(useful, dim=1))
-            else:
-                bounds.append(threshold / (useful.sum(1) if norm == "linf" else useful.amax(1)))
+            bounds.append(self._fine(norm, slopes.clamp(min=0), slopes.clamp_(max=0).neg_(), threshold, radius))
         found = torch.cat(bounds) * (1 - SCREENING)
         if norm == "l0":
             found = found.ceil()
         return torch.where(self.thresholds[rivals] > 0, found, -torch.inf)
+
+    def _fine(self, norm: str, rise: Tensor, fall: Tensor, threshold: Tensor, radius: float) -> Tensor:
+        """The same for slopes (r,N), split into those upward and those downward."""
+        view = self.view
+        if norm == "l0":
+            gains = rise.mul_(view.up).add_(fall.mul_(view.down))
+            # k pixels gain at most k t + the sum of what exceeds t, for every t
+            fewest = threshold / gains.amax(1)
+            for level in (0.4, 0.6, 0.75, 0.9):
+                fewest = torch.maximum(fewest, (threshold - (gains - level).clamp_(min=0).sum(1)) / level)
+            return fewest
+        ramp, known = self.prototypes.response is not None, math.isfinite(radius) and radius > 0
+        if ramp and known and norm == "linf":
+            up, down = view.within(radius)
+            most = rise @ up + fall @ down
+            return torch.where(threshold * (1 - SCREENING) > most, radius * (1 + 2 * SCREENING), 0.0)
+        dual = self._dual(rise, fall, threshold, radius) if ramp and known and norm == "l2" else None
+        useful = rise.mul_(view.rise).add_(fall.mul_(view.fall))  # slopes where there is room at all
+        if norm == "l2":
+            plain = threshold / torch.linalg.vector_norm(useful, dim=1)
+            return plain if dual is None else torch.maximum(plain, dual)
+        return threshold / (useful.sum(1) if norm == "linf" else useful.amax(1))
+
+    def _dual(self, rise: Tensor, fall: Tensor, threshold: Tensor, radius: float) -> Tensor:
+        """The Lagrange dual's value (r,) through a ramp, at multipliers that suit rivals at about ``radius``."""
+        enter_up, enter_down = self.box.enter_up, self.box.enter_down
+        assert enter_up is not None and enter_down is not None
+        upward = rise > 0
+        entry = torch.where(upward, enter_up.float(), enter_down.float())
+        end = entry + torch.where(upward, self.box.up.float(), self.box.down.float())
+        slopes = (rise + fall).mul_(self.view.slope)
+        best = torch.zeros_like(threshold)
+        for factor in FACTORS:
+            reward = factor * radius**2
+            pull = slopes * (reward / threshold.clamp(min=1e-12))[:, None]
+            delta = torch.minimum(pull, end)
+            # the pixels' own part: pull * gain - delta^2 / 2, where it is above 0
+            lost = (delta - entry).mul_(pull).sub_(delta.square_().div_(2)).clamp_(min=0).sum(1)
+            best = torch.maximum(best, 2 * (reward * (1 - SCREENING / 10) - lost))
+        return best.clamp(min=0).sqrt()
 
 
 def _smallest(planes: Planes, norm: str, joint: int) -> float:
@@ -264,6 +364,8 @@ def _smallest(planes: Planes, norm: str, joint: int) -> float:
     smallest = _measure(planes, norm, bounds, first[bounds[first] < math.inf], math.inf)
     looked_at = torch.zeros_like(bounds, dtype=torch.bool)
     looked_at[first] = True
+    if norm == "linf" and planes.prototypes.response is not None and 0 < smallest < math.inf:
+        looked_at |= planes.beyond(smallest)
     rest = ((bounds < smallest) & ~looked_at).nonzero()[:, 0]
     smallest = _measure(planes, norm, bounds, rest, smallest)
     done = torch.zeros_like(looked_at)
@@ -285,7 +387,7 @@ def _measure(planes: Planes, norm: str, bounds: Tensor, rivals: Tensor, smallest
     """Put better bounds of ``rivals`` (r,) in their places, as far as they may matter; the smallest radius measured."""
     if not len(rivals):
         return smallest
-    bounds[rivals] = torch.maximum(bounds[rivals], planes.fine(norm, rivals).double())
+    bounds[rivals] = torch.maximum(bounds[rivals], planes.fine(norm, rivals, smallest).double())
     for chunk in rivals[bounds[rivals].argsort()].split(CHUNK):
         if not float(bounds[chunk[0]]) < smallest:
             break

@@ -49,7 +49,7 @@ def exact_distance(certifier: Certifier, image: Tensor, label: int, *, rivals: i
     bounds = planes.coarse("l2").double()
     near = bounds.topk(min(FINE, len(bounds)), largest=False).indices
     near = near[bounds[near] < math.inf]
-    bounds[near] = torch.maximum(bounds[near], planes.fine("l2", near).double())
+    bounds[near] = torch.maximum(bounds[near], planes.fine("l2", near, math.inf).double())
     prototypes = certifier.prototypes
     own = (prototypes.labels == label).nonzero()[:, 0]
     points, costs = prototypes.points.double(), prototypes.costs.double()
@@ -68,11 +68,12 @@ def exact_distance(certifier: Certifier, image: Tensor, label: int, *, rivals: i
         for _ in range(ROUNDS):
             slopes, thresholds = planes.exactly(index, against[None])
             values, deltas = least_l2_joint(slopes, thresholds, planes.box, steps=STEPS)
-            value, moved = float(values[0]), planes.exact + deltas[0]
+            value, moved = float(values[0]), planes.pixels + deltas[0]
+            seen = prototypes.see(moved)
             if value >= upper:
                 break
-            theirs = (moved - points[rival]).square().sum() + costs[rival]
-            excess = theirs - (points[own] - moved).square().sum(1) - costs[own]  # above 0: violated
+            theirs = (seen - points[rival]).square().sum() + costs[rival]
+            excess = theirs - (points[own] - seen).square().sum(1) - costs[own]  # above 0: violated
             worst = excess.topk(min(ADDED, len(own)))
             new = own[worst.indices[worst.values > 1e-6]]
             new = new[~torch.isin(new, against)]
@@ -80,9 +81,9 @@ def exact_distance(certifier: Certifier, image: Tensor, label: int, *, rivals: i
                 break
             against = torch.cat([against, new])
         lower = min(lower, max(value, float(bounds[rival])))
-        trial = _just_across(certifier, planes.exact, moved, label)
-        if trial is not None and float((trial - planes.exact).norm()) < upper:
-            upper, adversarial = float((trial - planes.exact).norm()), trial
+        trial = _just_across(certifier, planes.pixels, moved, label)
+        if trial is not None and float((trial - planes.pixels).norm()) < upper:
+            upper, adversarial = float((trial - planes.pixels).norm()), trial
     return Exact(min(lower, upper) * (1 - MARGIN), upper, adversarial)
 
 

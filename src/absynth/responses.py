@@ -43,7 +43,14 @@ class Threshold(nn.Module):
 
 
 class Ramp(nn.Module):
-    """clip((x - a) / (1 - 2a), 0, 1): flat near black and near white, steep between. a = 0 is the identity."""
+    """t(x) = clip((x - a) / (1 - 2a), 0, 1): flat near black and near white, steep between. a = 0 is the identity.
+
+    Between ABS (a = 0) and Binary ABS (the limit of a = 1/2). The gradient is that of t, exactly: ``slope`` on the ramp
+    and 0 on the flat parts.
+
+    To gain by moving a pixel an attacker first has to bring it onto the ramp, which costs ``entry`` and gains nothing,
+    and may then move it by ``length`` until it saturates, each unit of which changes t by ``slope`` (``moves``).
+    """
 
     def __init__(self, a: float) -> None:
         super().__init__()
@@ -51,8 +58,43 @@ class Ramp(nn.Module):
             raise InputError(f"a is {a}; it must lie in [0, 0.5): use Threshold for the limit of 0.5")
         self.a = a
 
+    @property
+    def slope(self) -> float:
+        """By how much t changes for each unit of a pixel on the ramp."""
+        return 1 / (1 - 2 * self.a)
+
+    @property
+    def rounding(self) -> float:
+        """At least the error of t in float32, for any pixel in [0,1]: of a, of the difference, of 1 - 2a, of the
+        quotient, each at most 2^-24 of its size (two operations where a device multiplies by the reciprocal)."""
+        return 2.0**-22 * (1 + self.slope)
+
     def forward(self, images: Tensor) -> Tensor:
         return torch.clamp((images - self.a) / (1 - 2 * self.a), 0, 1)
 
+    def inverse(self, seen: Tensor) -> Tensor:
+        """The pixels on the ramp, in [a, 1-a], whose response is ``seen`` in [0,1]."""
+        return self.a + (1 - 2 * self.a) * seen
+
+    def nearest(self, clean: Tensor, seen: Tensor) -> Tensor:
+        """The pixels nearest to ``clean`` whose response is ``seen``, both in [0,1] and of one shape; ``clean`` itself
+        where it has that response already."""
+        moved = torch.where(seen <= 0, clean.clamp(max=self.a), self.inverse(seen))
+        moved = torch.where(seen >= 1, clean.clamp(min=1 - self.a), moved)
+        return torch.where(seen == self(clean), clean, moved)
+
+    def moves(self, pixels: Tensor, *, up: bool) -> tuple[Tensor, Tensor]:
+        """Entry and length, in the pixel's own units, of moving ``pixels`` in [0,1] up or down; where the response
+        cannot go that way the length is 0. A pixel moved by entry + s, s at most length, changes its t by s * slope."""
+        place = pixels if up else 1 - pixels  # the ramp is symmetric
+        length = (1 - self.a - place.clamp(min=self.a)).clamp(min=0)
+        return torch.where(length > 0, self.a - place, 0.0).clamp(min=0), length
+
     def extra_repr(self) -> str:
         return f"a={self.a}"
+
+
+def ramp_of(classifier: object) -> Ramp | None:
+    """The ramp that ``classifier`` says it puts its pixels through (``classifier.response``); None for any other."""
+    response = getattr(classifier, "response", None)
+    return response if isinstance(response, Ramp) else None

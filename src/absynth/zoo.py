@@ -24,8 +24,9 @@ from absynth.analysis import prior_candidates
 from absynth.baselines import CNN, Binarized, MadryCNN, NearestNeighbor
 from absynth.classifiers import ABS
 from absynth.errors import InputError, unknown_name
-from absynth.prototypes import PrototypeABS
-from absynth.responses import Threshold
+from absynth.prototypes import PrototypeABS, SaturatingPrototypeABS
+from absynth.responses import Ramp, Threshold
+from absynth.smoothing import Smoothed
 from absynth.vae import Decoder, VAEConfig
 
 WEIGHTS = Path(str(files("absynth"))) / "weights"
@@ -39,6 +40,11 @@ DESCRIPTIONS = {
     "nearest-neighbor": "nearest training image of each class in L2",
     "madry": "adversarially trained network (L-infinity 0.3)",
     "prototype-abs": "ABS with a finite set of explanations: exact and certified",
+    "saturating-abs": "ABS on saturated pixels: robust in L2 and L-infinity at once",
+    "saturating-prototype-abs": "the same with a finite set of explanations: certified",
+    "l2-adversarial": "adversarially trained network (L2 2.0)",
+    "msd": "network trained against L-infinity 0.3, L2 2.0 and L1 10 at once",
+    "smoothed-cnn": "majority vote of a network over noisy copies of the image",
 }
 
 
@@ -172,16 +178,22 @@ def from_released(path: str | Path, *, binary: bool = False) -> ABS:
     return ABS(decoders, candidates, response=Threshold(), scales=scales)
 
 
-def _abs(file: WeightFile, folder: Path) -> ABS:
+def _abs(file: WeightFile, folder: Path, response: Ramp | None = None) -> ABS:
     """Tensors "K.decoder.*" of every class K, and "candidates" (K,M,D)."""
     config = file.header["config"]
     return ABS(
-        _decoders(file), file.tensors["candidates"].float(), alpha=config["alpha"], eta=config["eta"],
-        beta=config["beta"], refusal=config["refusal"],
+        decoders_of(file), file.tensors["candidates"].float(), response=response, alpha=config["alpha"],
+        eta=config["eta"], beta=config["beta"], refusal=config["refusal"],
     )  # fmt: skip
 
 
-def _decoders(file: WeightFile) -> list[Decoder]:
+def _saturating_abs(file: WeightFile, folder: Path) -> ABS:
+    """As ``_abs``, with "response" in the configuration."""
+    return _abs(file, folder, Ramp(file.header["config"]["response"]["a"]))
+
+
+def decoders_of(file: WeightFile) -> list[Decoder]:
+    """The decoders in a weight file, one a class: tensors "K.decoder.*"."""
     config = file.header["config"]
     sizes = VAEConfig(config["image_size"], config["channels"], config["latent_size"])
     decoders = []
@@ -214,8 +226,18 @@ def _prototype_abs(file: WeightFile, folder: Path) -> PrototypeABS:
     """Tensors "K.latents" (M_K,D) of every class K, and its decoders as in ABS weights, "K.decoder.*"."""
     config = file.header["config"]
     return PrototypeABS(
-        _decoders(file), [file.tensors[f"{number}.latents"].float() for number in range(config["classes"])],
+        decoders_of(file), [file.tensors[f"{number}.latents"].float() for number in range(config["classes"])],
         beta=config["beta"], alpha=config["alpha"], eta=config["eta"], refusal=config["refusal"],
+    )  # fmt: skip
+
+
+def _saturating_prototype_abs(file: WeightFile, folder: Path) -> SaturatingPrototypeABS:
+    """As ``_prototype_abs``, with "response" in the configuration."""
+    config = file.header["config"]
+    return SaturatingPrototypeABS(
+        decoders_of(file), [file.tensors[f"{number}.latents"].float() for number in range(config["classes"])],
+        response=Ramp(config["response"]["a"]), beta=config["beta"], alpha=config["alpha"], eta=config["eta"],
+        refusal=config["refusal"],
     )  # fmt: skip
 
 
@@ -236,6 +258,10 @@ def _madry(file: WeightFile, folder: Path) -> nn.Module:
     return model
 
 
+def _smoothed_cnn(file: WeightFile, folder: Path) -> nn.Module:
+    return Smoothed(_cnn(file, folder), file.header["config"]["sigma"], file.header["config"]["samples"])
+
+
 def _nearest_neighbor(file: WeightFile, folder: Path) -> nn.Module:
     """Tensors "images" (N,C,S,S) uint8 and "labels" (N,)."""
     return NearestNeighbor(file.tensors["images"].float() / 255, file.tensors["labels"].long())
@@ -250,4 +276,9 @@ _BUILDERS: dict[str, Callable[[WeightFile, Path], nn.Module]] = {
     "madry": _madry,
     "nearest-neighbor": _nearest_neighbor,
     "prototype-abs": _prototype_abs,
+    "saturating-abs": _saturating_abs,
+    "saturating-prototype-abs": _saturating_prototype_abs,
+    "l2-adversarial": _madry,
+    "msd": _madry,
+    "smoothed-cnn": _smoothed_cnn,
 }

@@ -16,6 +16,8 @@ from absynth.attacks.gradient import DeepFool, FastGradient, ProjectedGradient
 from absynth.attacks.latent import LatentDescent
 from absynth.attacks.noise import GaussianNoise, SaltAndPepper
 from absynth.attacks.pointwise import Pointwise
+from absynth.attacks.ramp import Straight, Tightened
+from absynth.attacks.ramp_projection import RampGreedy, RampProjection
 from absynth.attacks.search import SmallestRadius
 from absynth.attacks.sparse import SigmaZero
 from absynth.attacks.square import Square
@@ -62,6 +64,10 @@ def _all() -> dict[str, Attack]:
         SmallestRadius(Square(LINF), first=0.1, steps=6),
     ]
     attacks += [BrendelBethge(norm) for norm in (L0, L1, L2, LINF)]
+    attacks += [RampProjection(norm) for norm in (L0, L1, L2, LINF)]
+    attacks += [RampGreedy(), Straight(SigmaZero())]
+    attacks += [Straight(iterated(norm, "pgd", steps=40, restarts=2)) for norm in (L2, LINF)]
+    attacks += [Straight(BrendelBethge(norm)) for norm in (L0, L2, LINF)]
     # Foolbox's Brendel-Bethge wants a compiler and a minute; ours takes its place.
     attacks += [Foolbox(n, m) for m, norms in METHODS.items() for n in norms if m != "foolbox-brendel-bethge"]
     attacks += [AutoAttack(L2, THRESHOLDS[L2]), AutoAttack(LINF, THRESHOLDS[LINF])]
@@ -78,6 +84,11 @@ SUITES: dict[str, tuple[str, ...]] = {
         "boundary-projection-l2",
         "boundary-projection-linf",
         "pointwise-l0",
+        # For models with a ramp; left out for others.
+        "ramp-projection-l0",
+        "ramp-projection-l1",
+        "ramp-projection-l2",
+        "ramp-projection-linf",
     ),
     # Schott et al. 2019, section 4.
     "paper": (
@@ -136,6 +147,18 @@ SUITES: dict[str, tuple[str, ...]] = {
         "square-linf",
         "hop-skip-jump-linf",
         "transfer-linf",
+        # For models with a ramp; left out for others.
+        "ramp-projection-l0",
+        "ramp-greedy-l0",
+        "sigma-zero-straight-l0",
+        "brendel-bethge-straight-l0",
+        "ramp-projection-l1",
+        "ramp-projection-l2",
+        "pgd-straight-l2",
+        "brendel-bethge-straight-l2",
+        "ramp-projection-linf",
+        "pgd-straight-linf",
+        "brendel-bethge-straight-linf",
     ),
 }
 
@@ -178,19 +201,22 @@ def lookup(
     *,
     substitute: Classifier | None = None,
     threshold: float | None = None,
+    ramp: bool = False,
 ) -> list[Attack]:
     """The attacks of a suite, or by name ("quick", "bim-l2", "bim-l2,pgd-linf" or a list), of one norm or of all.
 
     A family stands for its attacks in every norm: "deepfool". ``substitute`` is the model transfer attacks run on.
-    ``threshold`` makes every attack refine its adversarials for a model that thresholds its input there. Raises
-    InputError for a name that is neither, or when nothing in ``norm`` is left.
+    ``threshold`` makes every attack refine its adversarials for a model that thresholds its input there, ``ramp`` for
+    one that puts it through a ramp; attacks made for such models are left out of suites for others. Raises InputError
+    for a name that is neither, or when nothing in ``norm`` is left.
     """
     wanted = names.split(",") if isinstance(names, str) else list(names)
     chosen: dict[str, Attack] = {}
     families = {attack.family for attack in ATTACKS.values()}
     for name in (item.strip() for item in wanted):
         if name in SUITES:
-            chosen |= {member: ATTACKS[member] for member in SUITES[name]}
+            members = [ATTACKS[member] for member in SUITES[name]]
+            chosen |= {one.name: one for one in members if ramp or not is_for_ramps(one)}
         elif name in ATTACKS:
             chosen[name] = ATTACKS[name]
         elif name in families:
@@ -204,4 +230,11 @@ def lookup(
         found = [replace(attack, substitute=substitute) if isinstance(attack, Transfer) else attack for attack in found]
     if threshold is not None:
         found = [Thresholded(attack, threshold) for attack in found]
+    if ramp:
+        found = [attack if is_for_ramps(attack) else Tightened(attack) for attack in found]
     return found
+
+
+def is_for_ramps(attack: Attack) -> bool:
+    """Whether an attack was made for models with a ramp, and knows others to do as well for the rest."""
+    return bool(getattr(attack, "for_ramps", False))

@@ -44,6 +44,11 @@ class CountingClassifier:
         view.rows, view.forward, view.backward = self.rows[rows.cpu()], self.forward, self.backward
         return view
 
+    @property
+    def response(self) -> Any:
+        """What the inner classifier says it does to the pixels first; None where it says nothing."""
+        return getattr(self.classifier, "response", None)
+
     def __call__(self, images: Tensor) -> Tensor:
         """(n,C,H,W) -> logits (n,K), n the number of images of this view."""
         self._count(self.forward, images)

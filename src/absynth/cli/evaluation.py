@@ -92,7 +92,10 @@ def evaluate(
 
 def certify(
     model: Annotated[
-        str, typer.Option(help="prototype-abs, nearest-neighbor, a weight file, or package.module:factory.")
+        str,
+        typer.Option(
+            help="prototype-abs, saturating-prototype-abs, nearest-neighbor, a weight file, or package.module:factory."
+        ),
     ] = "prototype-abs",
     norm: Annotated[
         list[str] | None, typer.Option("--norm", help="l0, l1, l2 or linf. Repeatable. Default: all four.")
@@ -111,6 +114,7 @@ def certify(
     json: Json = False,
 ) -> None:
     """Prove radii within which no image gets another label."""
+    from absynth.evaluation import certified_union
     from absynth.reproduction import certify_model
 
     with kept(_goes_on(out)), progress("certifying") as report:
@@ -118,10 +122,12 @@ def certify(
             model, data, norms=norm or ("l0", "l1", "l2", "linf"), images=images, out=out, radius=radius,
             estimates=estimates, weights=weights, root=root, progress=report,
         )  # fmt: skip
+    union = certified_union(found)
     if json:
         cells = {name: one.to_json() for name, one in found.items()}
         # one norm, as a script asks for it: its figures at the top
-        emit({"model": model, **(next(iter(cells.values())) if len(cells) == 1 else {"norms": cells})})
+        figures = next(iter(cells.values())) if len(cells) == 1 else {"norms": cells}
+        emit({"model": model, **figures, **({} if union is None else {"union": union.to_json()})})
         return
     rows = [
         (
@@ -135,6 +141,10 @@ def certify(
         )
         for name, one in found.items()
     ]
+    if union is not None:
+        at = " · ".join(f"{norm} {radius:g}" for norm, radius in union.balls.items())
+        certified = f"{percent(union.certified_accuracy)} ({' – '.join(percent(b, 1) for b in union.interval)})"
+        rows.append(("union", rows[0][1], at, certified, "", "", str(union.images)))
     share = "estimated there, no guarantee (95 %)" if estimates else "certified there (95 %)"
     columns = ("estimate" if estimates else "norm", "clean", "at", share, "mean radius", "median radius", "images")
     table(columns, rows, right=columns[1:])

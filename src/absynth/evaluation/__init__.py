@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absynth.evaluation.certify import Certified, certify
+from absynth.evaluation.certify import Certified, CertifiedUnion, certified_union, certify
 from absynth.evaluation.compare import Difference, compare
 from absynth.evaluation.distal import Distal, distal, load_distal, save_distal
 from absynth.evaluation.ledger import Ledger, merge_ledgers
@@ -31,6 +31,7 @@ __all__ = [
     "Cell",
     "Certificate",
     "Certified",
+    "CertifiedUnion",
     "CleanRow",
     "Difference",
     "Distal",
@@ -45,6 +46,7 @@ __all__ = [
     "Row",
     "Summary",
     "Verification",
+    "certified_union",
     "certify",
     "compare",
     "distal",

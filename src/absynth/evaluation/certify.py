@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median
@@ -21,7 +21,7 @@ from absynth.evaluation.plan import Plan, image_indices, load_model, model_diges
 from absynth.evaluation.rows import Certificate, CertificateKind
 from absynth.evaluation.run import check_run, load_split, prepare
 from absynth.evaluation.statistics import wilson_interval
-from absynth.evaluation.summary import THRESHOLDS
+from absynth.evaluation.summary import THRESHOLDS, UNION
 
 BATCH = 32  # images of a transaction
 Told = Callable[[int, int, str], None]
@@ -47,10 +47,39 @@ class Certified:
     median_radius: float
     seconds_per_image: float | None = None
     radii: tuple[float, ...] = field(default=(), repr=False)
+    indices: tuple[int, ...] = field(default=(), repr=False)  # of the images, in the order of ``radii``
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the single radii."""
-        return {key: value for key, value in vars(self).items() if key != "radii"}
+        return {key: value for key, value in vars(self).items() if key not in ("radii", "indices")}
+
+
+@dataclass(frozen=True)
+class CertifiedUnion:
+    """The share of images certified in the union of the paper's balls: each radius larger than its threshold, so that
+    no perturbation inside any of ``balls`` breaks them; with its 95 % ``interval``."""
+
+    balls: dict[str, float]
+    images: int
+    certified_accuracy: float
+    interval: tuple[float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return dict(vars(self))
+
+
+def certified_union(found: Mapping[str, Certified]) -> CertifiedUnion | None:
+    """Of what ``certify`` returned; None unless it has certificates, no estimates, in L0, L2 and L-infinity."""
+    if any(norm not in found or found[norm].kind == "estimate" for norm in UNION):
+        return None
+    radii = {norm: dict(zip(found[norm].indices, found[norm].radii, strict=True)) for norm in UNION}
+    images = set.intersection(*(set(one) for one in radii.values()))
+    if not images:
+        return None
+    balls = {norm: THRESHOLDS[norm] for norm in UNION}
+    certified = sum(all(radii[norm][image] > balls[norm] for norm in UNION) for image in images)
+    return CertifiedUnion(balls, len(images), certified / len(images), wilson_interval(certified, len(images)))
 
 
 def certify(
@@ -122,7 +151,8 @@ def certify(
     wanted = set(plan.images)
     found = {}
     for key, (method, norm) in methods.items():
-        values = tuple(one.radius for one in stored if (one.method, one.norm) == (method, norm) and one.image in wanted)
+        own = [one for one in stored if (one.method, one.norm) == (method, norm) and one.image in wanted]
+        values = tuple(one.radius for one in own)
         at = THRESHOLDS[norm] if radius is None else radius
         certified = sum(value > at for value in values)
         found[key] = Certified(
@@ -138,6 +168,7 @@ def certify(
             median_radius=median(values),
             seconds_per_image=seconds / fresh if fresh else None,
             radii=values,
+            indices=tuple(one.image for one in own),
         )
     return found
 

@@ -31,6 +31,8 @@ COLORS = {
     "binary-abs": "#38a9d6",
     "abs": "#3f6fd8",
     "prototype-abs": "#1b9e77",
+    "saturating-abs": "#8e44ad",
+    "saturating-prototype-abs": "#0f6b50",
 }
 OTHER_COLORS = ("#cc79a7", "#8e6bd0", "#66a61e", "#e7298a")
 LABELS = {"l0": "L0 (pixels)", "l1": "L1", "l2": "L2", "linf": "L∞"}

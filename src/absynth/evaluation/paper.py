@@ -25,7 +25,15 @@ MODELS: Mapping[str, str] = {
     "abs": "ABS",
 }
 #: These, and the models that the paper does not have.
-NAMES: Mapping[str, str] = {**MODELS, "prototype-abs": "Prototype ABS"}
+NAMES: Mapping[str, str] = {
+    **MODELS,
+    "prototype-abs": "Prototype ABS",
+    "saturating-abs": "Saturating ABS",
+    "saturating-prototype-abs": "Saturating prototype ABS",
+    "l2-adversarial": "L2 adversarial",
+    "msd": "MSD",
+    "smoothed-cnn": "Smoothed CNN",
+}
 
 
 @dataclass(frozen=True)

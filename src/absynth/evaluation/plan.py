@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from absynth.attacks.base import Attack, Classifier
 from absynth.errors import InputError
+from absynth.responses import ramp_of
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,8 @@ def choose_attacks(suite: str | Iterable[Attack], norms: Sequence[str], model: C
     """The attacks of a suite in ``norms`` that apply to ``model``; ``"none"`` gives none.
 
     Latent attacks are left out for a model without ``analyze``. For a model with a ``threshold`` every attack refines
-    its adversarials across it. Transfer attacks take the zoo's ``transfer-cnn`` as their substitute and are left out
+    its adversarials across it; for one with a ramp attacks that know it are added, and all others tighten what they
+    find. Transfer attacks take the zoo's ``transfer-cnn`` as their substitute and are left out
     where the zoo has none for such images.
     """
     from absynth.norms import parse
@@ -169,7 +171,8 @@ def choose_attacks(suite: str | Iterable[Attack], norms: Sequence[str], model: C
     from absynth.attacks.catalog import lookup
 
     threshold = _threshold(model)
-    found = lookup(suite, threshold=threshold)
+    ramp = ramp_of(model) is not None
+    found = lookup(suite, threshold=threshold, ramp=ramp)
     chosen = [attack for attack in found if attack.norm in wanted]
     if not hasattr(model, "analyze"):
         chosen = [attack for attack in chosen if attack.knowledge != "latent"]
@@ -178,7 +181,7 @@ def choose_attacks(suite: str | Iterable[Attack], norms: Sequence[str], model: C
 
         substitute = zoo.load("transfer-cnn").eval()
         names = {attack.name for attack in chosen}
-        found = lookup(suite, substitute=substitute, threshold=threshold)
+        found = lookup(suite, substitute=substitute, threshold=threshold, ramp=ramp)
         chosen = [attack for attack in found if attack.name in names]
     if not chosen:
         raise InputError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -373,4 +374,24 @@ _RECIPES: dict[str, Callable[[Run, float], tuple[dict[str, Tensor], dict[str, An
     "nearest-neighbor": _train_nearest_neighbor,
     "madry": _train_madry,
     "prototype-abs": _train_prototype_abs,
+}
+
+
+def _later(name: str, module: str) -> Callable[[Run, float], tuple[dict[str, Tensor], dict[str, Any]]]:
+    """A recipe of a module that builds on this one, and so is imported when it is wanted."""
+
+    def recipe(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        made: tuple[dict[str, Tensor], dict[str, Any]] = import_module(module).RECIPES[name](run, effort)
+        return made
+
+    return recipe
+
+
+_RECIPES |= {
+    name: _later(name, module)
+    for module, names in {
+        "absynth.training.saturating": ("saturating-abs", "saturating-prototype-abs"),
+        "absynth.training.multinorm": ("l2-adversarial", "msd", "smoothed-cnn"),
+    }.items()
+    for name in names
 }

@@ -1,0 +1,119 @@
+"""Training of the saturating models and of the baselines beside them, on a handful of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from absynth import data, zoo
+from absynth.classifiers import ABS
+from absynth.errors import InputError
+from absynth.norms import L1, L2, LINF
+from absynth.prototypes import SaturatingPrototypeABS
+from absynth.responses import Ramp
+from absynth.smoothing import Smoothed
+from absynth.training.multinorm import BallsConfig, NoisyConfig, steepest_of, train_in_balls, train_noisy
+from absynth.training.recipes import train
+from absynth.training.saturating import RAMPS
+from absynth.vae import Decoder, VAEConfig
+from small_models import save_picture, write
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of pictures, 18 zeros and 18 ones, and a folder of weights with an untrained ABS of two classes."""
+    pictures, weights = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("weights")
+    images, labels = data.load("digits", "train")
+    for digit in (0, 1):
+        (pictures / str(digit)).mkdir()
+        for number, image in enumerate(images[labels == digit][:18]):
+            save_picture(pictures / str(digit) / f"{number}.png", image, scale=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tensors = {"candidates": torch.randn(2, 6, 8).half()}
+        for number in range(2):
+            for name, value in Decoder(VAEConfig()).state_dict().items():
+                if not name.endswith("num_batches_tracked"):
+                    tensors[f"{number}.decoder.{name}"] = value
+    config = {"classes": 2, "image_size": 28, "channels": 1, "latent_size": 8, "beta": 1.0}
+    write(weights, "abs", tensors, {**config, "alpha": 440.0, "eta": 1e-6, "refusal": 0.2})
+    return pictures, weights
+
+
+def test_saturating_models_are_trained_and_loaded(folder: tuple[Path, Path]) -> None:
+    pictures, weights = folder
+    train("saturating-prototype-abs", pictures, out=weights, effort=0.01)  # and saturating-abs first
+    model, prototypes = zoo.load("saturating-abs", folder=weights), zoo.load("saturating-prototype-abs", folder=weights)
+    assert isinstance(model, ABS) and isinstance(model.response, Ramp) and model.response.a in RAMPS
+    assert isinstance(prototypes, SaturatingPrototypeABS) and prototypes.response.a == model.response.a
+    header = zoo.read(weights / "saturating-abs.safetensors").header
+    shares = header["config"]["ramps"]
+    assert max(shares.values()) == shares[f"{model.response.a:g}"]
+    before = zoo.load("abs", folder=weights)
+    assert isinstance(before, ABS)
+    changed = [
+        not torch.equal(a, b) for a, b in zip(before.decoders.parameters(), model.decoders.parameters(), strict=True)
+    ]
+    assert any(changed)
+    images, labels = data.load(pictures, "test")
+    assert (model(images).argmax(1) == labels).float().mean() > 0.5
+
+
+def test_a_step_in_several_balls_stays_inside_one_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(6, 1, 28, 28, generator=generator), torch.arange(6) % 3
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 3))
+    balls = {LINF: 0.1, L2: 1.0, L1: 4.0}
+    moved = steepest_of(model, images, labels, balls, 6, 2.0)
+    assert moved.min() >= 0 and moved.max() <= 1
+    inside = torch.stack([norm.distance(moved, images) <= radius * (1 + 1e-5) for norm, radius in balls.items()])
+    assert inside.any(0).all()
+    loss = torch.nn.functional.cross_entropy
+    with torch.no_grad():
+        assert loss(model(moved), labels) > loss(model(images), labels) + 0.1
+        # the worst of the norms at each step is at least as bad as one of them alone, on a linear model
+        alone = [
+            float(loss(model(steepest_of(model, images, labels, {n: r}, 6, 2.0)), labels)) for n, r in balls.items()
+        ]
+        assert float(loss(model(moved), labels)) >= min(alone) - 1e-4
+
+
+def test_networks_in_balls_and_under_noise_learn_two_digits() -> None:
+    images, labels = data.load("digits", "train")
+    some = (labels < 2).nonzero().squeeze(1)[:96]
+    images, labels = images[some], labels[some]
+    small = {"classes": 2, "batch_size": 16, "seed": 0}
+    balls = train_in_balls(
+        images,
+        labels,
+        BallsConfig(**small, epochs=3, steps=2, radii=(("l2", 1.0), ("linf", 0.1)), warm_up_epochs=1.0),  # type: ignore[arg-type]
+    )
+    assert (balls(images).argmax(1) == labels).float().mean() > 0.8
+    network = train_noisy(images, labels, NoisyConfig(**small, epochs=4, maps=(4, 4, 8)))  # type: ignore[arg-type]
+    votes = Smoothed(network, 0.5, 20)
+    assert (votes(images).argmax(1) == labels).float().mean() > 0.8
+    with pytest.raises(InputError, match="radii"):
+        BallsConfig(radii=(("l3", 1.0),))
+
+
+def test_votes_are_a_pure_function_of_the_image() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 4))
+    model = Smoothed(network, 0.5, 50)
+    images = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    first = model(images)
+    torch.manual_seed(7)
+    assert torch.equal(model(images.flip(0)).flip(0), first) and torch.equal(model(images[2:3]), first[2:3])
+    shares = first.exp() * (50 + 2) - 0.5
+    torch.testing.assert_close(shares.sum(1), torch.full((5,), 50.0))
+    torch.testing.assert_close(shares, shares.round(), rtol=0, atol=1e-3)
+    images.requires_grad_(True)
+    (gradient,) = torch.autograd.grad(model(images)[:, 0].sum(), images)
+    assert bool((gradient != 0).any())
+    with pytest.raises(InputError, match="sigma"):
+        Smoothed(network, 0.0)
