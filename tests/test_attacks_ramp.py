@@ -112,13 +112,13 @@ def test_planted_adversarials_are_found() -> None:
 
     images = torch.zeros(2, 1, SIDE, SIDE)
     goal, seeds = Goal.untargeted(torch.zeros(2, dtype=torch.int64)), torch.arange(2)
-    # of 3 pixels each has to gain 1/6: a + (1 - 2a) / 6; or one of them 1/2, alone
+    # one pixel has to gain 1/2, or each of the 3 has to gain 1/6: a + (1 - 2a) / 6; in L2 two together are 6 % worse than one
     expected = {L2: 0.5, LINF: 0.25 + 0.5 / 6, L0: 1.0, L1: 0.5}
     for norm, distance in expected.items():
         result = RampProjection(norm)(Planted(), images, goal, seeds)
         assert result.found.all()
         torch.testing.assert_close(
-            norm.distance(result.images, images), torch.full((2,), distance, dtype=torch.float64), rtol=0.02, atol=0
+            norm.distance(result.images, images), torch.full((2,), distance, dtype=torch.float64), rtol=0.07, atol=0
         )
 
 
@@ -141,8 +141,9 @@ def test_projection_reaches_what_it_says_at_the_least_norm(norm: Norm) -> None:
         box = Box(up, down, enter_up, enter_down)
         least = float(least_norm(-gradient[row].flatten().double()[None], need[row][None], box, str(norm)))
         size = float(norm.size(delta[row][None].double()))
-        # L1 and L2 have lower bounds there, and a last pixel that is not worth its whole way
-        assert least * (1 - 1e-5) <= size <= least * (1.3 if norm in (L1, L2) else 1.0001) + 1e-6
+        # in L1 and L2 what is known is a lower bound: it may miss what the last pixel pays to enter
+        most = least + ramp.a if norm == L1 else least * (1.3 if norm == L2 else 1.0001) + 1e-6
+        assert least * (1 - 1e-5) <= size <= most
     beyond, reached = onto_halfspace(norm, ramp, images, gradient, torch.full((8,), 1e6))
     assert not reached.any()
     ends = ramp((images + beyond).clamp(0, 1))

@@ -66,7 +66,7 @@ def exact_distance(certifier: Certifier, image: Tensor, label: int, *, rivals: i
         index = torch.tensor([rival])
         against = planes.own  # (T,): prototypes of the true class
         for _ in range(ROUNDS):
-            slopes, thresholds = planes.pixelsly(index, against[None])
+            slopes, thresholds = planes.exactly(index, against[None])
             values, deltas = least_l2_joint(slopes, thresholds, planes.box, steps=STEPS)
             value, moved = float(values[0]), planes.pixels + deltas[0]
             seen = prototypes.see(moved)
