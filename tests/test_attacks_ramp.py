@@ -16,6 +16,7 @@ from absynth.attacks.gradient import ProjectedGradient
 from absynth.attacks.ramp import OnTheRamp, Straight, Tightened, onto_halfspace
 from absynth.attacks.ramp_projection import RampGreedy, RampProjection
 from absynth.attacks.search import SmallestRadius
+from absynth.certificates import Prototypes, certified_radii
 from absynth.evaluation.plan import choose_attacks
 from absynth.least import Box, least_norm
 from absynth.norms import L0, L1, L2, LINF, NORMS, Norm
@@ -112,13 +113,13 @@ def test_planted_adversarials_are_found() -> None:
 
     images = torch.zeros(2, 1, SIDE, SIDE)
     goal, seeds = Goal.untargeted(torch.zeros(2, dtype=torch.int64)), torch.arange(2)
-    # of 3 pixels each has to gain 1/6: a + (1 - 2a) / 6; or one of them 1/2, alone
+    # one pixel has to gain 1/2, or each of the 3 has to gain 1/6: a + (1 - 2a) / 6; in L2 two are 6 % worse than one
     expected = {L2: 0.5, LINF: 0.25 + 0.5 / 6, L0: 1.0, L1: 0.5}
     for norm, distance in expected.items():
         result = RampProjection(norm)(Planted(), images, goal, seeds)
         assert result.found.all()
         torch.testing.assert_close(
-            norm.distance(result.images, images), torch.full((2,), distance, dtype=torch.float64), rtol=0.02, atol=0
+            norm.distance(result.images, images), torch.full((2,), distance, dtype=torch.float64), rtol=0.07, atol=0
         )
 
 
@@ -141,12 +142,44 @@ def test_projection_reaches_what_it_says_at_the_least_norm(norm: Norm) -> None:
         box = Box(up, down, enter_up, enter_down)
         least = float(least_norm(-gradient[row].flatten().double()[None], need[row][None], box, str(norm)))
         size = float(norm.size(delta[row][None].double()))
-        # L1 and L2 have lower bounds there, and a last pixel that is not worth its whole way
-        assert least * (1 - 1e-5) <= size <= least * (1.3 if norm in (L1, L2) else 1.0001) + 1e-6
+        # in L1 and L2 what is known is a lower bound: it may miss what the last pixel pays to enter
+        most = least + ramp.a if norm == L1 else least * (1.3 if norm == L2 else 1.0001) + 1e-6
+        assert least * (1 - 1e-5) <= size <= most
     beyond, reached = onto_halfspace(norm, ramp, images, gradient, torch.full((8,), 1e6))
     assert not reached.any()
     ends = ramp((images + beyond).clamp(0, 1))
     assert bool((((ends - (gradient < 0).float()).abs() < 1e-5) | (ends == ramp(images))).all())
+
+
+class Nearest(torch.nn.Module):
+    """The nearest of three random prototypes a class, of the response: certified, and so attacks have a floor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.points = torch.rand(9, SIDE * SIDE, generator=generator)
+        self.response = Ramp(0.2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        apart = self.response(images).flatten(1)[:, None] - self.points
+        return -apart.square().sum(2).unflatten(1, (3, 3)).amin(2)
+
+    def prototypes(self) -> Prototypes:
+        return Prototypes(self.points, torch.zeros(9), torch.arange(9) // 3, 1e-4, self.response)
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=str)
+def test_no_attack_distance_is_below_a_certified_radius(norm: Norm) -> None:
+    model = Nearest()
+    images = model.points[::2] + 0.1 * torch.randn(5, SIDE * SIDE, generator=torch.Generator().manual_seed(6))
+    images = images.clamp(0, 1).view(5, 1, SIDE, SIDE)
+    labels = model(images).argmax(1)
+    radii = certified_radii(model, images, labels, (str(norm),))[str(norm)]
+    result = RampProjection(norm, restarts=1)(model, images, Goal.untargeted(labels), torch.arange(5))
+    assert result.found.all()
+    distances = norm.distance(result.images, images)
+    assert bool((radii > 0).all()) and bool((radii <= distances).all())
+    assert bool((distances <= 3 * radii).all())
 
 
 def test_gradient_on_the_ramp_is_the_straight_line() -> None:

@@ -63,6 +63,7 @@ class _State:
     updates: Tensor
     optimizer: torch.optim.Adam
     points: Tensor  # (K*M,N): decoded, some a few steps old
+    squares: Tensor  # (K*M,): their squared lengths
 
 
 def train_prototypes(
@@ -99,11 +100,11 @@ def train_prototypes(
     own = torch.arange(classes).repeat_interleave(count)
     for epoch in range(first, config.epochs):
         generator = torch.Generator().manual_seed(config.seed * 1000 + epoch)
-        state.points = _decode_all(state, count)
+        _decode_all(state, count)
         order = torch.randperm(len(images), generator=generator)
         for step, rows in enumerate(order[: steps * batch_size].split(batch_size)):
             if step % config.refreshed == config.refreshed - 1:
-                state.points = _decode_all(state, count)
+                _decode_all(state, count)
             batch = augment(images[rows], config.augmentation, generator).flatten(1)
             loss = _step(state, batch, labels[rows], own, (epoch * steps + step) / (config.epochs * steps), config)
             if progress is not None:
@@ -125,24 +126,26 @@ def _begin(decoders: Sequence[Decoder], latents: Tensor, sizes: VAEConfig, confi
     parameters = [parameter for copy in copies for parameter in copy.parameters()]
     return _State(
         copies, flat, torch.zeros_like(flat), torch.zeros_like(flat), torch.zeros(len(flat), 1),
-        torch.optim.Adam(parameters, betas=(0.9, 0.99)), torch.empty(0),
+        torch.optim.Adam(parameters, betas=(0.9, 0.99)), torch.empty(0), torch.empty(0),
     )  # fmt: skip
 
 
 @torch.no_grad()
-def _decode_all(state: _State, count: int) -> Tensor:
+def _decode_all(state: _State, count: int) -> None:
+    """Decode all prototypes anew."""
     decoded = []
     for decoder, latents in zip(state.decoders, state.latents.split(count), strict=True):
         folded = FoldedDecoder(decoder)
         decoded += [from_blocks(folded(chunk), folded.channels).flatten(1) for chunk in latents.split(64)]
-    return torch.cat(decoded)
+    state.points = torch.cat(decoded)
+    state.squares = state.points.square().sum(1)
 
 
 def _step(state: _State, batch: Tensor, labels: Tensor, own: Tensor, done: float, config: PrototypeConfig) -> float:
     """One step of Adam on the prototypes nearest to a batch (B,N) with labels (B,); returns the loss before it."""
     count = len(own) // len(state.decoders)
     costs = config.beta / 2 * state.latents.square().sum(1)
-    energies = torch.addmm(state.points.square().sum(1) + costs, batch, state.points.T, alpha=-2)  # (B,K*M)
+    energies = torch.addmm(state.squares + costs, batch, state.points.T, alpha=-2)  # (B,K*M)
     energies = energies.view(len(batch), -1, count)
     mine = F.one_hot(labels, energies.shape[1]).bool()
     nearest = energies[mine].argmin(1) + labels * count  # (B,)
@@ -178,6 +181,7 @@ def _step(state: _State, batch: Tensor, labels: Tensor, own: Tensor, done: float
         spread = (state.second[used] / (1 - 0.99 ** state.updates[used])).sqrt()
         state.latents[used] -= config.latent_rate * rate * mean / (spread + 1e-6)
         state.points[used] = decoded.detach()
+        state.squares[used] = decoded.detach().square().sum(1)
     return float(loss.detach())
 
 

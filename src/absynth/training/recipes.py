@@ -42,7 +42,7 @@ CONTRAST = (ContrastConfig(),)
 # Large moves from the start: with small ones the prototypes learn the training images by heart (LOG.md).
 PROTOTYPES = (
     PrototypeConfig(
-        epochs=5, margin=1.0,
+        epochs=4, margin=1.0,
         augmentation=Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, elastic=0.3, bicubic=True),
     ),
 )  # fmt: skip

@@ -42,7 +42,7 @@ CONTRAST = ContrastConfig(rounds=4, weight=4.0)
 def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
     """Choose the ramp with the plain decoders, then go on with their contrast on the responses."""
     plain, source = recipes._plain_abs(run, effort)
-    ramp, judged = choose_ramp(run, plain, effort)
+    ramp, judged = choose_ramp(run, plain, source, effort)
     cycle = replace(CONTRAST, seed=100 * run.seed + 50, rounds=max(1, round(CONTRAST.rounds * min(1.0, effort))))
     channels, size = plain.image_shape
     sizes = VAEConfig(size, channels, plain.candidates.shape[2])
@@ -61,11 +61,12 @@ def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
     )  # fmt: skip
 
 
-def choose_ramp(run: recipes.Run, plain: ABS, effort: float) -> tuple[Ramp, dict[str, float]]:
-    """The ramp behind which the plain decoders survive most, and the share that survives, by a."""
+def choose_ramp(run: recipes.Run, plain: ABS, source: str, effort: float) -> tuple[Ramp, dict[str, float]]:
+    """The ramp behind which the plain decoders survive most, and the share that survives, by a; ``source``
+    is the digest of their weights."""
     count = max(4, round(JUDGED * min(1.0, effort)))
     file = run.checkpoints / "ramps.safetensors"
-    identity = {"model": "ramps", "a": list(RAMPS), "count": count, "data": run.data_digest}
+    identity = {"model": "ramps", "a": list(RAMPS), "count": count, "abs": source, "data": run.data_digest}
     if (saved := load_checkpoint(file, expect=identity)) is not None:
         shares = saved[0]["shares"].tolist()
     else:
