@@ -17,7 +17,7 @@ def explore(
     weights: Weights = None,
     root: Root = None,
 ) -> None:
-    """Open the explorer: draw a digit, see what every class makes of it, and attack it.
+    """Open the explorer: draw a digit, see it explained, attack it.
 
     A page served to this machine alone. Ctrl-C ends it.
     """
