@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,6 +97,8 @@ def describe_model(name: str, *, folder: str | Path | None = None, root: str | P
         at_hand = data.at_hand("mnist", "train", root)
         problem = None if at_hand else "needs MNIST's training images: run 'absynth data mnist --download'"
         return Model(name, description, parameters=0, data="mnist", problem=problem)
+    if folder is None and not path.exists():
+        return Model(name, description, problem="not shipped; train with 'absynth train NAME --out weights'")
     try:
         file = zoo.read(path)
         parameters = count_parameters(file)
@@ -114,6 +117,15 @@ def describe_model(name: str, *, folder: str | Path | None = None, root: str | P
         data=header.get("data"),
         seed=header.get("seed"),
     )
+
+
+def problems(models: Iterable[Model]) -> list[str]:
+    """Why models cannot be used, a line for each reason, with the names it holds for."""
+    names: dict[str, list[str]] = {}
+    for one in models:
+        if one.problem is not None:
+            names.setdefault(one.problem, []).append(one.name)
+    return [f"{', '.join(those)}: {problem}" for problem, those in names.items()]
 
 
 def count_parameters(file: zoo.WeightFile) -> int:

@@ -18,7 +18,7 @@ from absynth import data, zoo
 from absynth.classifiers import ABS, Calibrated
 from absynth.clean import Clean, answers, measure
 from absynth.errors import InputError
-from absynth.inventory import check_writable, describe_model, label_names
+from absynth.inventory import check_writable, describe_model, label_names, problems
 
 Report = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
 Bar = Callable[[str], AbstractContextManager[Report]]  # a title -> a progress bar
@@ -75,13 +75,10 @@ def run(
     check_writable(out)
     dataset, weights = _choose(out, root, bar, say)
     pictures, labels = data.load(dataset, "test", root)
-    models: dict[str, nn.Module] = {}
-    for name in zoo.names():
-        described = describe_model(name, folder=weights, root=root)
-        if described.problem:
-            say(f"left out {name}: {described.problem}")
-        else:
-            models[name] = zoo.load(name, folder=weights, root=root)
+    described = [describe_model(name, folder=weights, root=root) for name in zoo.names()]
+    for line in problems(described):
+        say(f"left out {line}")
+    models = {one.name: zoo.load(one.name, folder=weights, root=root) for one in described if one.problem is None}
     images = min(images, len(pictures))
     noise_images = min(noise_images, len(pictures))
     blank, shuffled = without_digits(pictures[:noise_images])

@@ -48,7 +48,7 @@ def data(
 def models(weights: Weights = None, root: Root = None, json: Json = False) -> None:
     """The models: parameters, digest, clean accuracy."""
     from absynth import zoo
-    from absynth.inventory import describe_model
+    from absynth.inventory import describe_model, problems
 
     found = [describe_model(name, folder=weights, root=root) for name in zoo.names()]
     if json:
@@ -66,9 +66,8 @@ def models(weights: Weights = None, root: Root = None, json: Json = False) -> No
         for one in found
     ]
     table(("model", "parameters", "digest", "clean", "data", ""), rows, right=("parameters", "clean"))
-    for one in found:
-        if one.problem:
-            note(f"{one.name}: {one.problem}")
+    for line in problems(found):
+        note(line)
 
 
 def train(

@@ -82,11 +82,12 @@ class Shelf:
     def __init__(self, weights: str | Path | None = None, root: str | Path | None = None) -> None:
         self.weights, self.root = weights, root
         self._models: dict[str, Shown] = {}
-        self._locks = {name: threading.Lock() for name in zoo.names()}
+        there = [name for name in zoo.names() if name == "nearest-neighbor" or zoo.path_of(name, weights).exists()]
+        self._locks = {name: threading.Lock() for name in there}
         self._images = threading.Lock()
 
     def names(self) -> tuple[str, ...]:
-        """The models, whether loaded or not."""
+        """The models with weights at hand, whether loaded or not."""
         return tuple(self._locks)
 
     def state(self, name: str) -> Literal["idle", "loading", "ready"]:
