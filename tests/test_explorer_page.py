@@ -22,6 +22,10 @@ NN = "nearest-neighbor"
 SHOTS = os.environ.get("ABSYNTH_SCREENSHOTS")  # a folder: keep pictures of what was seen
 
 
+def models_at_hand(weights: Path) -> list[str]:
+    return [name for name in zoo.names() if zoo.path_of(name, weights).exists()]
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_all(tmp_path_factory.mktemp("page"))
@@ -153,7 +157,7 @@ def test_attack_difference_morph_and_the_others(browser: Any, weights: Path) -> 
     assert after != before and text(browser, "#distance").startswith("L2 ")
     wait(browser, "#between-says", f"says {after}")
     assert (painted(browser, "adversarial") != painted(browser, "clean")).any()
-    there = [name for name in zoo.names() if zoo.path_of(name, weights).exists()]
+    there = models_at_hand(weights)
     wait(browser, f"#attack-answers [data-model={there[-1]}] .share", "%")
     rows = browser.find_elements("css selector", "#attack-answers .answer")
     assert [row.get_attribute("data-model") for row in rows] == there
@@ -185,11 +189,11 @@ def test_an_attack_can_be_stopped(browser: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["scribble", "noise", "letter"])
-def test_compare(browser: Any, kind: str) -> None:
+def test_compare(browser: Any, weights: Path, kind: str) -> None:
     find(browser, f"[data-sample={kind}]").click()
     wait(browser, "#compare-status", "models that can refuse")
     rows = browser.find_elements("css selector", "#compare-answers .answer")
-    assert [row.get_attribute("data-model") for row in rows] == there
+    assert [row.get_attribute("data-model") for row in rows] == models_at_hand(weights)
     assert all("%" in row.text for row in rows)
     assert painted(browser, "compared").max() > 200
 
