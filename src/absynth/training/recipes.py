@@ -39,13 +39,13 @@ CLUSTERED = 12_000  # latents they are chosen from
 CONTRAST = (ContrastConfig(),)
 
 
-# Large moves from the start: with small ones the prototypes learn the training images by heart (LOG.md).
+# Small moves first, then larger ones against learning the training images by heart.
 PROTOTYPES = (
+    PrototypeConfig(),
     PrototypeConfig(
-        epochs=4, margin=1.0,
-        augmentation=Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, elastic=0.3, bicubic=True),
+        epochs=3, margin=1.0, augmentation=Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, bicubic=True)
     ),
-)  # fmt: skip
+)
 
 
 class Run:
@@ -159,7 +159,8 @@ def choose_all_candidates(own: list[Tensor], rival: list[Tensor], seed: int) -> 
 
     return torch.stack(
         [
-            torch.cat([covering(a, CANDIDATES - for_rivals), covering(b, for_rivals)])
+            # a class that is no rival to any image searches for its own alone
+            torch.cat([covering(a, CANDIDATES - for_rivals), covering(b if len(b) else a, for_rivals)])
             for a, b in zip(own, rival, strict=True)
         ]
     )
