@@ -11,7 +11,7 @@ ifneq ($(ABSYNTH_DATA),)
 export ABSYNTH_DATA
 endif
 
-.PHONY: help setup quickstart test lint format benchmark docs
+.PHONY: help setup quickstart test test-docs lint format benchmark docs
 help:
 	@echo "make setup       install absynth and its tools into .venv"
 	@echo "make quickstart  classify test images with every model, write a page that explains one"
@@ -32,8 +32,12 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: $(STAMP)
 	$(BIN)/absynth quickstart
 
+# The pages' code blocks take longer than all other tests: `make test-docs` executes them.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/test_docs.py
+
+test-docs: $(STAMP)
+	$(BIN)/python -m pytest tests/test_docs.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
