@@ -59,7 +59,8 @@ def analysis() -> Analysis:
 
 @pytest.mark.parametrize("ending", ["parquet", "csv"])
 def test_analyses_come_back_from_a_file(ending: str, tmp_path: Path) -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     found = analysis()
     frame = analyses_frame(found, torch.tensor([7, 1]), indices=[40, 41], pixels=ending == "parquet")
     path = save(frame, tmp_path / "new" / f"analyses.{ending}")
