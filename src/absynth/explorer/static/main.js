@@ -10,6 +10,7 @@ const LARGE = 1024; // a larger picture is scaled down here, before it is sent
 
 const state = { model: null, ready: new Set(), names: null, prover: null, seconds: 0, count: null, victimChosen: false, choose };
 let pad, look, attack, compare;
+let asked = 0; // only what was asked for last is shown, in whatever order the answers come
 
 function tell(text, failed = false) {
   element("source-note").textContent = text;
@@ -37,6 +38,7 @@ function drawn() {
   element("hint").hidden = !pad.empty;
   const ink = pad.image === null ? pad.bytes() : null;
   if (ink !== null) {
+    asked += 1;
     tell("");
     look.show({ ink });
   } else if (pad.image === null) {
@@ -53,15 +55,18 @@ function take(picture, note) {
 }
 
 async function testImage(index) {
+  const turn = ++asked;
   if (state.count === null) {
     const { count, name } = await get("/api/test");
     state.count = count;
     state.set = name;
     element("index").max = count - 1;
+    if (turn !== asked) return;
   }
   const wanted = index === null ? Math.floor(Math.random() * state.count) : (index + state.count) % state.count;
   element("index").value = wanted;
   const picture = await get(`/api/test/${wanted}`);
+  if (turn !== asked) return;
   take(picture, `Test image ${wanted} of ${state.set}: a ${picture.label}.`);
 }
 
@@ -78,8 +83,11 @@ async function shrunk(file) {
 }
 
 async function picture(file) {
+  const turn = ++asked;
   tell("Reading the picture …");
-  take(await upload("/api/picture", await shrunk(file)), `Your picture${file.name ? `, ${file.name}` : ""}.`);
+  const read = await upload("/api/picture", await shrunk(file));
+  if (turn !== asked) return;
+  take(read, `Your picture${file.name ? `, ${file.name}` : ""}.`);
 }
 
 function sources() {
@@ -92,7 +100,9 @@ function sources() {
     if (file) guarded(() => picture(file));
     event.target.value = "";
   });
-  element("index").addEventListener("change", () => guarded(() => testImage(index())));
+  element("index").addEventListener("change", (event) => {
+    if (event.target.value.trim() !== "") guarded(() => testImage(index()));
+  });
   element("previous").addEventListener("click", () => guarded(() => testImage(index() - 1)));
   element("next").addEventListener("click", () => guarded(() => testImage(index() + (pad.image === null && state.count === null ? 0 : 1))));
   element("random").addEventListener("click", () => guarded(() => testImage(null)));
