@@ -172,7 +172,9 @@ def test_every_model_answers_and_one_that_is_missing_says_why(client: httpx.Clie
     with serving(Shelf(tmp_path)) as address, httpx.Client(base_url=address, timeout=300) as bare:
         told = events(bare, "/api/answers", {"image": encode(samples.sample("noise", 0))})
     # Models without weights are not offered; this one needs none, but a header that says which data it is made of.
-    assert [(one["event"], one["model"]) for one in told] == [(event, "nearest-neighbor") for event in ("asking", "error")]
+    assert [(one["event"], one["model"]) for one in told] == [
+        (event, "nearest-neighbor") for event in ("asking", "error")
+    ]
     assert all("train it with" in one["error"] for one in told if one["event"] == "error")
 
 
