@@ -42,8 +42,9 @@ class Nodes:
     """A head and two more nodes, a core each, bound to 127.0.0.1."""
 
     def __init__(self) -> None:
-        cluster_utils = pytest.importorskip("ray.cluster_utils")
-        self.cluster: Any = cluster_utils.Cluster()
+        from ray.cluster_utils import Cluster  # here: importing Ray takes seconds
+
+        self.cluster: Any = Cluster()
         self.workers: list[Any] = []
         self.add()
         self.add()

@@ -14,6 +14,7 @@ from absynth.errors import InputError
 from absynth.responses import Threshold
 from absynth.training import contrast, generative
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
+from absynth.training.candidates import choose_candidates, widen
 from absynth.training.contrast import (
     ContrastConfig,
     Pairs,
@@ -26,7 +27,6 @@ from absynth.training.contrast import (
     sharpen,
 )
 from absynth.training.generative import GenerativeConfig, TrainedClass, train_class, train_classes
-from absynth.training.recipes import choose_candidates
 from absynth.vae import VAEConfig
 
 TINY = GenerativeConfig(vae_steps=6, decoder_steps=7, vae_batch_size=8, decoder_batch_size=8)
@@ -206,6 +206,25 @@ def test_candidates_cover_the_latents() -> None:
     assert nearest < 0.8 * random
     filled = choose_candidates(latents[:30], 100, seed=1)
     assert filled.shape == (100, 8) and torch.equal(filled[:30], latents[:30])
+
+
+def test_widened_candidates_are_nearer_to_the_images_of_other_classes(digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = (torch.cat([one[:40], one[80:120]]) for one in digits)
+    trained = [train_class(images[labels == number], number, SMALL) for number in (0, 1)]
+    decoders = [one.vae.decoder for one in trained]
+    starts = torch.stack([choose_candidates(one.latents, 40, 0) for one in trained])
+    wider = widen(decoders, starts, images, VAEConfig(), beta=1.0, seed=3, count=60)
+    assert wider.shape == starts.shape
+
+    def losing(candidates: Tensor) -> float:
+        """Mean energy of the best candidate of the class that an image does not belong to."""
+        found = [
+            best_candidates(FoldedDecoder(decoder), one, images[labels != number], 1.0)[0]
+            for number, (decoder, one) in enumerate(zip(decoders, candidates, strict=True))
+        ]
+        return torch.cat(found).mean().item()
+
+    assert losing(wider) < 0.98 * losing(starts)
 
 
 def test_calibration_reaches_the_confidence_it_is_asked_for() -> None:

@@ -72,9 +72,24 @@ def test_it_widens_the_margin_and_resumes(digits: tuple[Tensor, Tensor], tmp_pat
         )  # fmt: skip
 
 
+def test_the_loss_of_few_pixels_proves_more_in_l0(digits: tuple[Tensor, Tensor]) -> None:
+    images, labels = digits
+    decoders, latents = start()
+    proved = []
+    for weight in (0.0, 3.0):
+        trained, found = train_prototypes(
+            decoders, latents, images, labels, VAEConfig(), replace(SMALL, few_weight=weight, few_margin=3.0)
+        )
+        model = PrototypeABS(trained, found, beta=SMALL.beta)
+        proved.append(certified_radii(model, images[::4], labels[::4], ("l0",))["l0"].double().mean())
+    assert proved[1] > proved[0] + 1
+
+
 def test_settings_out_of_range_are_named() -> None:
     with pytest.raises(InputError, match="at least 1"):
         PrototypeConfig(count=0)
+    with pytest.raises(InputError, match="few"):
+        PrototypeConfig(few=0)
 
 
 def test_the_recipe_writes_a_model_that_loads_and_certifies(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ decoders descend, over images moved a little at random, the loss
 where p_y and p_c are the nearest prototypes of the true class and of all others, and the norm counts only pixels that
 have room in the box: r is the certified L2 radius when no other pair is tighter (``absynth.certificates``). This is
 learning vector quantization for its certified margin (compare Saralajew, Holdijk and Villmann, NeurIPS 2020).
+
+With ``few_weight`` the same is asked in L0, of q = (f_c - f_y) / 2g where g is what an attacker gains at most with
+``few`` pixels, whole: the image is certified there when q exceeds 1.
 """
 
 from __future__ import annotations
@@ -47,11 +50,16 @@ class PrototypeConfig:
     augmentation: Augmentation = field(
         default_factory=lambda: Augmentation(rotation=5, zoom=0.05, shear=5, shift=0.3, bicubic=True)
     )
+    few: int = 12  # pixels
+    few_weight: float = 0.0  # of the loss in L0 beside that in L2
+    few_margin: float = 1.2
     seed: int = 0
 
     def __post_init__(self) -> None:
         if min(self.count, self.epochs, self.batch_size, self.refreshed) < 1:
             raise InputError(f"{self}: count, epochs, batch_size and refreshed must be at least 1")
+        if self.few < 1 or self.few_weight < 0:
+            raise InputError(f"{self}: few must be at least 1, few_weight not negative")
 
 
 @dataclass
@@ -166,6 +174,11 @@ def _step(state: _State, batch: Tensor, labels: Tensor, own: Tensor, done: float
     apart = apart.clamp(min=0) * (batch < 1) + apart.clamp(max=0) * (batch > 0)  # where there is room in the box
     radius = (other - true) / (2 * (apart.square().sum(1) + 1e-6).sqrt())
     loss = (config.temperature * F.softplus((config.margin - radius) / config.temperature)).mean()
+    if config.few_weight:
+        gains = apart.clamp(min=0) * (1 - batch) - apart.clamp(max=0) * batch  # of a pixel that goes to its end
+        few = (other - true) / (2 * gains.topk(config.few, dim=1).values.sum(1) + 1e-6)
+        missing = F.softplus((config.few_margin - few) / config.temperature)
+        loss = loss + config.few_weight * config.temperature * missing.mean()
     rate = min(1.0, (done + 1e-3) / 0.05) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
     state.optimizer.param_groups[0]["lr"] = config.learning_rate * rate
     state.optimizer.zero_grad()

@@ -14,7 +14,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from absynth.prototypes import PrototypeABS
 from absynth.responses import Threshold
 from absynth.training.augment import Augmentation, augment
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
+from absynth.training.candidates import CANDIDATES, EXPLAINED, choose_all_candidates, choose_candidates, widen
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
 from absynth.training.contrast import STAGES, ContrastConfig, sharpen
@@ -33,8 +33,6 @@ from absynth.training.generative import GenerativeConfig, train_classes
 from absynth.training.prototypes import PrototypeConfig, train_prototypes
 from absynth.vae import Decoder, VAEConfig
 
-CANDIDATES = 1000  # latents a class from which every search starts
-CLUSTERED = 12_000  # latents they are chosen from
 # Cycles, each from fresh candidates.
 CONTRAST = (ContrastConfig(),)
 
@@ -145,25 +143,23 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
         )  # fmt: skip
         starts = choose_all_candidates(own, rival, run.seed)
         before += cycle.rounds * run.classes * STAGES * scale
+    starts = widened(run, decoders, starts, sizes, config.beta, effort)
     return assemble_abs(run, decoders, starts, config, cycles)
 
 
-def choose_all_candidates(own: list[Tensor], rival: list[Tensor], seed: int) -> Tensor:
-    """The latents (K,M,D) from which searches start: most cover a class's own images, the rest those of its rivals."""
-    for_rivals = CANDIDATES * 2 // 5
-    generator = torch.Generator().manual_seed(seed)
-
-    def covering(latents: Tensor, count: int) -> Tensor:
-        some = latents[torch.randperm(len(latents), generator=generator)[:CLUSTERED]]
-        return choose_candidates(some, count, seed)
-
-    return torch.stack(
-        [
-            # a class that is no rival to any image searches for its own alone
-            torch.cat([covering(a, CANDIDATES - for_rivals), covering(b if len(b) else a, for_rivals)])
-            for a, b in zip(own, rival, strict=True)
-        ]
-    )
+def widened(
+    run: Run,
+    decoders: list[Decoder],
+    starts: Tensor,
+    sizes: VAEConfig,
+    beta: float,
+    effort: float,
+    response: nn.Module | None = None,
+) -> Tensor:
+    """The candidates (K,M,D), as they are stored, moved to cover the explanations of all training images."""
+    images = run.train[0] if response is None else torch.cat([response(part) for part in run.train[0].split(1000)])
+    count = max(1, round(EXPLAINED * min(1.0, effort)))
+    return widen(decoders, starts.half().float(), images, sizes, beta=beta, seed=run.seed, count=count)  # fmt: skip
 
 
 def assemble_abs(
@@ -341,23 +337,6 @@ def _train_nearest_neighbor(run: Run, effort: float) -> tuple[dict[str, Tensor],
     clean = accuracy(NearestNeighbor(images, labels), *run.test)
     stored = {"images": (images * 255).round().to(torch.uint8), "labels": labels.to(torch.uint8)}
     return stored, run.header({"classes": run.classes}, clean)
-
-
-def choose_candidates(latents: Tensor, count: int, seed: int) -> Tensor:
-    """``count`` latents (M,D) that cover those of the training images (N,D): the centers of a k-means clustering.
-
-    With no more than ``count`` images, their own latents, filled up by draws around them.
-    """
-    if len(latents) <= count:
-        generator = torch.Generator().manual_seed(seed)
-        extra = torch.randint(len(latents), (count - len(latents),), generator=generator)
-        noise = 0.3 * torch.randn(len(extra), latents.shape[1], generator=generator)
-        return torch.cat([latents, latents[extra] + noise])
-    from sklearn.cluster import MiniBatchKMeans  # here: slow to import, needed by this function only
-
-    clusters = MiniBatchKMeans(count, random_state=seed, n_init=1, batch_size=4096, max_iter=20)
-    clusters.fit(latents.numpy().astype(np.float64))
-    return torch.from_numpy(clusters.cluster_centers_).float()
 
 
 @torch.no_grad()
