@@ -1,10 +1,11 @@
 """The line between the paper's two models: accuracy against the ramp's a, attacked and certified.
 
-    python benchmarks/line.py [--images 100] [--ramps 0,0.1,0.2,0.25,0.3,0.4,0.48] [--out runs/line]
+    python benchmarks/line.py [--images 100] [--ramps 0,0.1,0.2,0.25,0.3,0.35,0.4,0.48] [--abs] [--out runs/line]
 
-The same decoders, those of ``abs`` and ``prototype-abs``, not trained anew, behind every ramp.
-ABS is attacked by ``ramp-projection`` in L2, L-infinity and L0; the prototypes are certified. Rows go to
-``OUT/line.json`` as they come, and a run that was stopped goes on; the figure is ``OUT/line.png``.
+The same prototypes, those of ``prototype-abs``, not trained anew, behind every ramp: certified, and attacked by
+``ramp-projection`` in L2, L-infinity and L0, so that the truth lies between both. With ``--abs`` the model attacked is
+ABS, the decoders of ``abs`` with the search in latent space, behind the same ramps. Rows go to ``OUT/line.json`` as
+they come, and a run that was stopped goes on; the figure is ``OUT/line.png``.
 """
 
 from __future__ import annotations
@@ -32,25 +33,32 @@ BALLS = {"l2": 1.5, "linf": 0.3, "l0": 12.0}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--ramps", default="0,0.1,0.2,0.25,0.3,0.4,0.48")
+    parser.add_argument("--ramps", default="0,0.1,0.2,0.25,0.3,0.35,0.4,0.48")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--abs", action="store_true", help="attack ABS instead of the prototypes")
     parser.add_argument("--out", type=Path, default=Path("runs/line"))
     arguments = parser.parse_args()
     images, labels = (part[: arguments.images] for part in data.load("mnist", "test"))
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "line.json"
     rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.exists() else []
-    done = {(row["a"], row["images"], row["steps"]) for row in rows}
+    victim = "abs" if arguments.abs else "prototype-abs"
+    done = {(row["a"], row["images"], row["steps"], row["victim"]) for row in rows}
     for a in map(float, arguments.ramps.split(",")):
-        if (a, arguments.images, arguments.steps) in done:
+        if (a, arguments.images, arguments.steps, victim) in done:
             continue
-        row = {"a": a, "images": arguments.images, "steps": arguments.steps}
-        row["attacked"] = attacked(saturated_abs(a), images, labels, arguments.steps)
-        row["certified"] = certified(saturated_prototypes(a), images, labels)
+        row = {"a": a, "images": arguments.images, "steps": arguments.steps, "victim": victim}
+        prototypes = saturated_prototypes(a)
+        attack = saturated_abs(a) if arguments.abs else prototypes
+        row["attacked"] = attacked(attack, images, labels, arguments.steps)
+        row["certified"] = certified(prototypes, images, labels)
         rows.append(row)
         file.write_text(json.dumps(rows, indent=1))
         print(json.dumps(row), flush=True)
-    draw([row for row in rows if row["images"] == arguments.images], arguments.out / "line.png")
+    draw(
+        [row for row in rows if row["images"] == arguments.images and row["victim"] == victim],
+        arguments.out / "line.png",
+    )
 
 
 def saturated_abs(a: float) -> ABS:

@@ -14,7 +14,7 @@ from absynth.norms import L1, L2, LINF
 from absynth.prototypes import SaturatingPrototypeABS
 from absynth.responses import Ramp
 from absynth.smoothing import Smoothed
-from absynth.training import saturating
+from absynth.training import candidates, saturating
 from absynth.training.multinorm import BallsConfig, NoisyConfig, steepest_of, train_in_balls, train_noisy
 from absynth.training.recipes import train
 from absynth.training.saturating import RAMPS
@@ -46,6 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_saturating_models_are_trained_and_loaded(folder: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     pictures, weights = folder
     monkeypatch.setattr(saturating, "BALLS", {L2: 0.02, LINF: 0.001})  # what so little training proves
+    monkeypatch.setattr(candidates, "BLIND", 20)
     train("saturating-abs", pictures, out=weights, effort=0.01)  # and the prototypes first
     model, prototypes = zoo.load("saturating-abs", folder=weights), zoo.load("saturating-prototype-abs", folder=weights)
     assert isinstance(model, ABS) and isinstance(model.response, Ramp) and model.response.a in RAMPS
