@@ -3,59 +3,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Kind, Knowledge, Problem, Proposals
-from absynth.norms import Norm
+from absynth.attacks.base import Problem, Proposals
+from absynth.attacks.wrapping import Wrapping
 
 
 @dataclass(frozen=True)
-class Thresholded(Attack):
+class Thresholded(Wrapping):
     """Another attack, its adversarials refined for a model that thresholds its input at ``threshold``.
 
     Refined images are asked about again; where one no longer fools the model (it looks at more than the thresholded
     image), the unrefined one stays. Source: Schott et al. 2019, section 4.
     """
 
-    attack: Attack
     threshold: float = 0.5
-    norm: Norm = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", self.attack.norm)
-
-    @property
-    def family(self) -> str:
-        """The inner family, marked: ``bim-refined``."""
-        return f"{self.attack.family}-refined"
-
-    @property
-    def kind(self) -> Kind:
-        """As the inner attack."""
-        return self.attack.kind
-
-    @property
-    def knowledge(self) -> Knowledge:
-        """As the inner attack."""
-        return self.attack.knowledge
-
-    @property
-    def source(self) -> str:
-        """As the inner attack."""
-        return self.attack.source
-
-    @property
-    def deterministic(self) -> bool:
-        """As the inner attack."""
-        return self.attack.deterministic
-
-    @property
-    def queries(self) -> str:
-        """As the inner attack, and one more."""
-        return f"{self.attack.queries}, and 1 prediction"
+    mark = "refined"
 
     def search(self, problem: Problem) -> Proposals:
         return refine(problem, self.attack.search(problem), self.threshold)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Kind, Problem, Proposals
+from absynth.attacks.base import Problem, Proposals
 from absynth.attacks.queries import rows_of
-from absynth.norms import Norm
+from absynth.attacks.wrapping import Wrapping
 
 
 @dataclass(frozen=True)
@@ -89,40 +89,15 @@ class _Differences(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class Estimated(Attack):
+class Estimated(Wrapping):
     """A gradient attack run on estimated gradients: needs predictions only, at 2 per coordinate and step size."""
 
-    attack: Attack
     step_sizes: tuple[float, ...] = (0.02, 0.1, 0.5)
     chunk: int = 1024
 
-    norm: Norm = field(init=False, repr=False)
-
+    mark = "ge"
     knowledge = "score"
     queries = "as the inner attack, with 1,569 predictions or more for a gradient of 784 pixels"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", self.attack.norm)
-
-    @property
-    def family(self) -> str:
-        """The inner family, marked: ``bim-ge``."""
-        return f"{self.attack.family}-ge"
-
-    @property
-    def kind(self) -> Kind:
-        """As the inner attack."""
-        return self.attack.kind
-
-    @property
-    def source(self) -> str:
-        """As the inner attack."""
-        return self.attack.source
-
-    @property
-    def deterministic(self) -> bool:
-        """As the inner attack."""
-        return self.attack.deterministic
 
     def search(self, problem: Problem) -> Proposals:
         estimated = EstimatedGradient(problem.classifier, self.step_sizes, self.chunk)

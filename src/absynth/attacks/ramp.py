@@ -10,13 +10,14 @@ Shapes: B images, N pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Kind, Knowledge, Problem, Proposals
+from absynth.attacks.base import Problem, Proposals
 from absynth.attacks.queries import rows_of
+from absynth.attacks.wrapping import Wrapping
 from absynth.norms import L0, L1, L2, Norm
 from absynth.responses import Ramp, ramp_of
 
@@ -74,46 +75,10 @@ def tighten(problem: Problem, proposals: Proposals, ramp: Ramp) -> Proposals:
 
 
 @dataclass(frozen=True)
-class Tightened(Attack):
+class Tightened(Wrapping):
     """Another attack, its adversarials tightened (``tighten``) for a model with a ramp."""
 
-    attack: Attack
-    norm: Norm = field(init=False, repr=False)
-
     mark = "refined"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", self.attack.norm)
-
-    @property
-    def family(self) -> str:
-        """The inner family, marked: ``pgd-refined``."""
-        return f"{self.attack.family}-{self.mark}"
-
-    @property
-    def kind(self) -> Kind:
-        """As the inner attack."""
-        return self.attack.kind
-
-    @property
-    def knowledge(self) -> Knowledge:
-        """As the inner attack."""
-        return self.attack.knowledge
-
-    @property
-    def source(self) -> str:
-        """As the inner attack."""
-        return self.attack.source
-
-    @property
-    def deterministic(self) -> bool:
-        """As the inner attack."""
-        return self.attack.deterministic
-
-    @property
-    def queries(self) -> str:
-        """As the inner attack, and one more."""
-        return f"{self.attack.queries}, and 1 prediction"
 
     def search(self, problem: Problem) -> Proposals:
         return tighten(problem, self.attack.search(problem), through(problem)[1])
