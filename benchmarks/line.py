@@ -124,7 +124,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         panel.set(xlabel="a  (0: ABS, ½: Binary ABS)", title=kind, xlim=(0, 0.5), ylim=(0, 101))
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy [%]")
-    panels[1].legend(fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=5, loc="outside lower center")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
