@@ -23,6 +23,7 @@ from absynth.evaluation import (
     summarize,
     verify,
 )
+from absynth.evaluation.certify import check_request
 from absynth.evaluation.ledger import Ledger, ledger_folders
 from absynth.evaluation.reporting import Report, report
 from absynth.evaluation.run import Executor
@@ -100,6 +101,7 @@ def certify_model(
     progress: Told | None = None,
 ) -> dict[str, Certified]:
     """``absynth.evaluation.certify`` for a model by name, in the folder that its attacks go into."""
+    check_request(norms, radius)  # before the model is loaded, which takes seconds
     classifier = load_any(model, weights=weights, root=root)
     return certify(
         classifier, dataset, norms=norms, images=images, out=run_folder(out, model), radius=radius,

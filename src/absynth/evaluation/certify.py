@@ -82,6 +82,13 @@ def certified_union(found: Mapping[str, Certified]) -> CertifiedUnion | None:
     return CertifiedUnion(balls, len(images), certified / len(images), wilson_interval(certified, len(images)))
 
 
+def check_request(norms: Sequence[str], radius: float | None) -> None:
+    """Raises InputError for a radius that is negative, NaN or infinite, and for unknown norms."""
+    if radius is not None and not (math.isfinite(radius) and radius >= 0):
+        raise InputError(f"radius is {radius}; expected a number that is at least 0, such as 1.5 for l2")
+    certificates.check_norms(norms)
+
+
 def certify(
     model: str | nn.Module,
     data: str | Path | tuple[Tensor, Tensor] = "mnist",
@@ -107,9 +114,7 @@ def certify(
     Interrupted, it loses at most 32 images; called again, it goes on. Raises InputError for a radius that is negative,
     NaN or infinite, for unknown norms, and for a model without certificates.
     """
-    if radius is not None and not (math.isfinite(radius) and radius >= 0):
-        raise InputError(f"radius is {radius}; expected a number that is at least 0, such as 1.5 for l2")
-    certificates.check_norms(norms)
+    check_request(norms, radius)
     kind: CertificateKind = "estimate" if estimates else "exact"
     label = name or (model if isinstance(model, str) else type(model).__name__)
     classifier = load_model(model) if isinstance(model, str) else model
