@@ -171,6 +171,9 @@ def test_every_model_answers_and_one_that_is_missing_says_why(client: httpx.Clie
     assert all(abs(sum(one["probabilities"]) - 1) < 1e-4 for one in answers)
     with serving(Shelf(tmp_path)) as address, httpx.Client(base_url=address, timeout=300) as bare:
         told = events(bare, "/api/answers", {"image": encode(samples.sample("noise", 0))})
+        for name in zoo.names():  # asked for by name, each says how to come by it
+            refused = bare.post("/api/look", json={"model": name, "image": encode(samples.sample("noise", 0))})
+            assert refused.status_code == 400 and "train" in refused.json()["error"], (name, refused.text)
     # Models without weights are not offered; this one needs none, but a header that says which data it is made of.
     assert [(one["event"], one["model"]) for one in told] == [
         (event, "nearest-neighbor") for event in ("asking", "error")

@@ -6,23 +6,21 @@ All of them work on a whole batch and drop an image the moment it is done, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from absynth.attacks.base import (
-    Attack,
     BudgetAttack,
-    Knowledge,
     Problem,
     Proposals,
     draw_uniform,
     generators,
     per_image,
 )
-from absynth.norms import Norm
+from absynth.attacks.wrapping import Wrapping
 
 #: Images (n,C,H,W) for the images ``rows`` (n,) of the problem at path positions (n,) in float64.
 Path = Callable[[Tensor, Tensor], Tensor]
@@ -178,7 +176,7 @@ def run_procedures(
 
 
 @dataclass(frozen=True)
-class SmallestRadius(Attack):
+class SmallestRadius(Wrapping):
     """Any budget attack as one that minimizes: the smallest radius at which it succeeds, by bracketing and bisection.
 
     Starts at ``first`` (in the norm's units), doubles until the attack succeeds or the radius exceeds the largest
@@ -193,32 +191,12 @@ class SmallestRadius(Attack):
     tolerance: float = 0.01
     bisections: int = 8
 
-    norm: Norm = field(init=False, repr=False)
-
     kind = "minimum"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "norm", self.attack.norm)
 
     @property
     def family(self) -> str:
         """As the inner attack."""
         return self.attack.family
-
-    @property
-    def knowledge(self) -> Knowledge:
-        """As the inner attack."""
-        return self.attack.knowledge
-
-    @property
-    def source(self) -> str:
-        """As the inner attack."""
-        return self.attack.source
-
-    @property
-    def deterministic(self) -> bool:
-        """As the inner attack."""
-        return self.attack.deterministic
 
     @property
     def queries(self) -> str:

@@ -99,6 +99,8 @@ class Shelf:
     def get(self, name: str) -> Shown:
         """The model, loaded now if need be. Raises InputError for one that is unknown or not at hand."""
         if name not in self._locks:
+            if name in zoo.names():  # without weights
+                raise InputError(f"{name}: {describe_model(name, folder=self.weights, root=self.root).problem}")
             raise unknown_name("model", name, self._locks)
         with self._locks[name]:
             if name not in self._models:
