@@ -78,6 +78,19 @@ def test_pure_function_of_the_image(images: Tensor, response: torch.nn.Module | 
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_number_of_threads_does_not_matter(model: ABS, images: Tensor) -> None:
+    before, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append((model(images), model.analyze(images).energies))
+    finally:
+        torch.set_num_threads(before)
+    for logits, energies in found[1:]:
+        torch.testing.assert_close(logits, found[0][0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(energies, found[0][1], atol=1e-5, rtol=0)
+
+
 def test_a_batch_larger_than_a_chunk(model: ABS, images: Tensor) -> None:
     many = images.repeat(14, 1, 1, 1)  # 168 images: more than one chunk
     torch.testing.assert_close(model(many)[-12:], model(images), atol=1e-5, rtol=0)

@@ -19,7 +19,7 @@ N = C*S*S values of an image in block order (see ``absynth.decoding``).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ class Schedule:
 DEFAULT = Schedule(
     method="quasi-newton",
     steps=16,
-    losing_steps=5,
+    losing_steps=12,
     tolerance=1e-4,
     slack=(2.0, 1.85, 1.7, 1.6, 1.5, 1.45, 1.4, 1.35, 1.3),
 )
@@ -82,6 +82,14 @@ class Found:
     latents: Tensor
     blocks: Tensor
     settled: Tensor
+
+
+def join(parts: Sequence[Found]) -> Found:
+    """What was found for consecutive parts of the images, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    names = [field.name for field in fields(Found)]
+    return Found(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def prior_candidates(count: int = 8000, latent_size: int = 8, seed: int = 0, surplus: float = 1.111) -> Tensor:
@@ -134,7 +142,7 @@ CAUTION = 0.2  # share of its diagonal added to a curvature before it is inverte
 
 # Sizes that keep a chunk's activations in the cache (docs/performance.md).
 DECODE_CHUNK = 64
-REFINE_CHUNK = 16
+REFINE_CHUNK = 48
 
 
 def analyze(

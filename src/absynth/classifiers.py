@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from absynth.analysis import DEFAULT, Candidates, Found, Schedule, analyze
+from absynth.analysis import DEFAULT, Candidates, Found, Schedule, analyze, join
 from absynth.checks import check_images
 from absynth.decoding import FoldedDecoder, from_blocks, to_blocks
 from absynth.errors import InputError
 from absynth.responses import Identity
+from absynth.threads import side_by_side
 
 IMAGE_CHUNK = 256  # images analyzed at once: bounds the memory, whatever the batch
+THREAD_CHUNK = 4  # images a thread gets at least
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,8 @@ class ABS(Calibrated):
     def _prepare(self) -> None:
         """Derive the fast forms of the decoders and the decoded candidates from the weights."""
         self.folded = nn.ModuleList(FoldedDecoder(decoder) for decoder in self.decoders)  # type: ignore[arg-type]
-        self.starts = nn.ModuleList(
-            Candidates(decoder, latents, self.beta)
-            for decoder, latents in zip(self.folded, self.candidates, strict=True)
-        )
+        pairs = list(zip(self.folded, self.candidates, strict=True))
+        self.starts = nn.ModuleList(side_by_side(lambda pair: Candidates(*pair, self.beta), pairs))
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -170,15 +170,21 @@ class ABS(Calibrated):
         check_images(images, channels=channels, size=size)
 
     def _find(self, blocks: Tensor, label_only: bool, schedule: Schedule | None = None) -> Found:
-        return analyze(
-            self.folded,
-            self.starts,
-            blocks,
-            schedule or self.schedule,
-            beta=self.beta,
-            scales=self.scales,
-            label_only=label_only,
-        )
+        def find(part: Tensor) -> Found:
+            return analyze(
+                self.folded,
+                self.starts,
+                part,
+                schedule or self.schedule,
+                beta=self.beta,
+                scales=self.scales,
+                label_only=label_only,
+            )
+
+        if blocks.is_cuda:
+            return find(blocks)
+        size = max(THREAD_CHUNK, -(-len(blocks) // torch.get_num_threads()))
+        return join(side_by_side(find, blocks.split(size)))
 
     def _normalized(self, found: Found) -> Tensor:
         return found.energies * (self.scales / found.blocks.shape[-1])

@@ -91,10 +91,10 @@ class FoldedDecoder(nn.Module):
 
     def activations(self, latents: Tensor) -> Activations:
         """Latents (P,D) -> the images and what their tangents need."""
-        hidden_0 = F.elu(torch.addmm(self.input_bias, latents, self.input_weight))
-        hidden_1 = F.elu(F.conv2d(self._as_maps(hidden_0), self.weight_1, self.bias_1, padding=2))
-        hidden_2 = F.elu(F.conv2d(_enlarge(hidden_1), self.weight_2, self.bias_2, padding=2))
-        hidden_2 = _clear_outside(hidden_2)
+        hidden_0 = F.elu(torch.addmm(self.input_bias, latents, self.input_weight), inplace=True)
+        hidden_1 = F.elu(F.conv2d(self._as_maps(hidden_0), self.weight_1, self.bias_1, padding=2), inplace=True)
+        hidden_2 = F.conv2d(_enlarge(hidden_1), self.weight_2, self.bias_2, padding=2)
+        hidden_2 = F.elu(_clear_outside(hidden_2), inplace=True)  # the ELU of 0 is 0
         logits = F.conv2d(hidden_2, self.weight_3, self.bias_3, stride=2, padding=2)
         return Activations(hidden_0, hidden_1, hidden_2, torch.sigmoid(logits).flatten(1))
 

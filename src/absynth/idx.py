@@ -21,8 +21,6 @@ from pathlib import Path
 import numpy as np
 import platformdirs
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from absynth.errors import InputError
 
@@ -243,6 +241,10 @@ class _MirrorError(Exception):
 
 def _fetch(url: str) -> Iterator[bytes]:
     """The bytes behind ``url`` in chunks, with a progress bar on stderr."""
+    # here: a tenth of a second that only downloads need
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
         with (
