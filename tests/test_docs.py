@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +34,8 @@ SHOWN_ONLY = {"text", "json", "toml", "html", "sql"}
 FILE = re.compile(r"# (\w+\.py)\n")
 NOT_RUN = re.compile(r"#\s*(takes|until)\b")
 # What a shell does before absynth can be called; `make` targets are checked, not made.
-SHELL = {". .venv/bin/activate"}
+SHELL = {". .venv/bin/activate", "python3 -m venv .venv"}
+ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -61,6 +63,8 @@ def run_python(code: str, namespace: dict[str, Any], where: str) -> None:
 def run_shell(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for line in code.splitlines():
         words = shlex.split(line, comments=True)
+        while words and ASSIGNMENT.fullmatch(words[0]):
+            monkeypatch.setenv(*words.pop(0).split("=", 1))
         if not words:
             continue
         if words[0] == "absynth":
@@ -70,6 +74,12 @@ def run_shell(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
         elif words[0] == "make":
             done = subprocess.run([*words, "--dry-run"], cwd=ROOT, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
+        elif words[:2] == ["pip", "install"]:
+            check_requirements(words[2:])
+        elif words[0] == "ray":
+            from ray.scripts.scripts import cli as ray
+
+            ray.commands[words[1]].make_context(words[1], words[2:])  # the options exist; no cluster is started
         else:
             assert " ".join(words) in SHELL, f"no rule how to test {line!r}: see docs/design.md"
 
@@ -79,6 +89,16 @@ def parse(words: list[str]) -> None:
     group: Any = typer.main.get_command(app)
     assert words[0] in group.commands, f"absynth has no command {words[0]!r}"
     group.commands[words[0]].make_context(words[0], words[1:])
+
+
+def check_requirements(words: list[str]) -> None:
+    """The package and the extras that a line installs are this project's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for word in words:
+        name, _, extras = word.partition("[")
+        assert name == project["name"], f"{word} is not this project"
+        for extra in filter(None, extras.rstrip("]").split(",")):
+            assert extra in project["optional-dependencies"], f"{name} has no extra {extra!r}"
 
 
 def run_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +139,10 @@ def test_what_a_wrong_block_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         run_shell("curl example.com\n", monkeypatch)
     with pytest.raises(AssertionError, match="No rule to make"):
         run_shell("make coffee\n", monkeypatch)
+    with pytest.raises(AssertionError, match="no extra 'moon'"):
+        run_shell("pip install 'absynth[moon]'\n", monkeypatch)
+    with pytest.raises(Exception, match="--orbit"):
+        run_shell("ray start --orbit\n", monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -160,7 +160,7 @@ def test_the_search_of_a_round_comes_close_to_the_analysis(digits: tuple[Tensor,
     curvature = inverse_curvatures(folded, starts, 1.0)[chosen]
     own = torch.ones(40, dtype=torch.bool)
     pairs = Pairs(torch.arange(40), own, starts[chosen], curvature, energies.clone(), energies)
-    settle(decoder, pairs, images, ContrastConfig(settling=3), 1.0)
+    settle(folded, pairs, images, ContrastConfig(settling=3), 1.0)
     found = analyze([folded], [Candidates(folded, starts, 1.0)], to_blocks(images), Schedule(steps=12)).energies[:, 0]
     assert (pairs.energies <= energies + 1e-3).all()  # a step that raises an energy is not taken
     assert (energies - pairs.energies).mean() > 0.7 * (energies - found).mean() > 0

@@ -6,6 +6,7 @@ Heavy modules are imported inside the commands, so that ``absynth --help`` answe
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import sys
 from typing import Annotated, Any
@@ -78,6 +79,8 @@ app.command()(reproduce)
 
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C 130, never a traceback."""
+    # Importing PyTorch makes a million objects that all stay: looking for garbage among them takes a third of a second.
+    gc.set_threshold(100_000)
     if "" not in sys.path:
         # A model given as module:factory may lie in the folder where the command is typed. Last in the search, so
         # that no file there hides a library.

@@ -130,27 +130,29 @@ def inverse_curvatures(folded: FoldedDecoder, latents: Tensor, beta: float) -> T
     return torch.cat(found)
 
 
-def settle(decoder: Decoder, pairs: Pairs, images: Tensor, config: ContrastConfig, beta: float) -> None:
+@torch.no_grad()
+def settle(folded: FoldedDecoder, pairs: Pairs, images: Tensor, config: ContrastConfig, beta: float) -> None:
     """Newton steps of the latents, in place. One that raises the energy is taken back, and the next one is shorter."""
     order = torch.arange(len(pairs.images)).split(64)
     for rows in order:
-        targets, curvature = images[pairs.images[rows]], pairs.curvature[rows]
+        targets, curvature = to_blocks(images[pairs.images[rows]]), pairs.curvature[rows]
         best, lowest = pairs.latents[rows], torch.full((len(rows),), torch.inf)
-        latents, newton, rate = best, torch.zeros_like(best), torch.ones(len(rows))
+        trial, newton, rate = best, torch.zeros_like(best), torch.ones(len(rows))
         for step in range(config.settling + 1):
-            trial = latents.detach().requires_grad_(step < config.settling)
-            energies = _energies(decoder, trial, targets, beta)
-            better = energies.detach() < lowest
-            best = torch.where(better[:, None], trial.detach(), best)
-            lowest = torch.where(better, energies.detach(), lowest)
+            activations = folded.activations(trial)
+            residual = targets - activations.images
+            energies = residual.square().sum(1) + beta / 2 * trial.square().sum(1)
+            better = energies < lowest
+            best = torch.where(better[:, None], trial, best)
+            lowest = torch.where(better, energies, lowest)
             if step == config.settling:
                 break
-            (gradient,) = torch.autograd.grad(energies.sum(), trial)
-            # half the gradient, times the inverse of half the Hessian
-            fresh = (curvature @ (gradient / 2)[:, :, None])[:, :, 0]
+            descent = folded.pullback(activations, residual) - beta / 2 * trial  # minus half the gradient
+            # times the inverse of half the Hessian
+            fresh = (curvature @ descent[:, :, None])[:, :, 0]
             rate = torch.where(better, rate, rate * 0.3)
             newton = torch.where(better[:, None], fresh, newton)
-            latents = best - rate[:, None] * newton
+            trial = best + rate[:, None] * newton
         pairs.latents[rows], pairs.energies[rows] = best, lowest
 
 
@@ -307,7 +309,8 @@ def _scan(round_number: int, number: int, weights: dict[str, Any], starts: Any) 
 def _settle(
     round_number: int, number: int, weights: dict[str, Any], starts: Any, wanted: Any, own: Any, chosen: Any
 ) -> dict[str, Any]:
-    decoder, latents, beta = _decoder(weights, _worker["sizes"]), torch.from_numpy(starts), _worker["beta"]
+    folded = FoldedDecoder(_decoder(weights, _worker["sizes"]))
+    latents, beta = torch.from_numpy(starts), _worker["beta"]
     rows = torch.from_numpy(wanted).nonzero()[:, 0]
     start = torch.from_numpy(chosen)[rows]
     nothing = torch.full((len(rows),), torch.nan)
@@ -315,11 +318,11 @@ def _settle(
         images=rows,
         own=torch.from_numpy(own)[rows],
         latents=latents[start],
-        curvature=inverse_curvatures(FoldedDecoder(decoder), latents, beta)[start],
+        curvature=inverse_curvatures(folded, latents, beta)[start],
         energies=nothing.clone(),
         others=nothing,
     )
-    settle(decoder, pairs, _round_images(round_number), _worker["config"], beta)
+    settle(folded, pairs, _round_images(round_number), _worker["config"], beta)
     return _arrays(vars(pairs))
 
 

@@ -81,5 +81,5 @@ def _explain(weights: dict[str, Any], candidates: Any, pixels: Any, sizes: VAECo
     curvature = inverse_curvatures(folded, starts, beta)[chosen]
     everything, own = torch.arange(len(images)), torch.ones(len(images), dtype=torch.bool)
     pairs = Pairs(everything, own, starts[chosen], curvature, energies, energies)
-    settle(decoder, pairs, images, SETTLING, beta)
+    settle(folded, pairs, images, SETTLING, beta)
     return pairs.latents.numpy()
