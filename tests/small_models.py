@@ -11,6 +11,8 @@ from torch import Tensor
 
 from absynth import data, zoo
 from absynth.baselines import CNN, Binarized, MadryCNN
+from absynth.decoding import FoldedDecoder, to_blocks
+from absynth.training.contrast import Starts
 from absynth.vae import Decoder, VAEConfig
 
 
@@ -56,6 +58,13 @@ def _write_prototype_abs(folder: Path, refusal: float) -> None:
     tensors = {name: value for name, value in file.tensors.items() if ".decoder." in name}
     tensors |= {f"{number}.latents": torch.randn(5, 8).half() for number in range(10)}
     write(folder, "prototype-abs", tensors, file.header["config"])
+
+
+def candidate_energies(decoder: Decoder, latents: Tensor, images: Tensor) -> Tensor:
+    """The energy (B,) that each image (B,C,S,S) has at the best of these latents (M,D); beta is 1."""
+    starts = Starts.of(FoldedDecoder(decoder), latents, 1.0)
+    blocks = to_blocks(images)
+    return starts.step(blocks, starts.best(blocks))[0]
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

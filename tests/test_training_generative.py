@@ -18,16 +18,17 @@ from absynth.training.candidates import choose_candidates, widen
 from absynth.training.contrast import (
     ContrastConfig,
     Pairs,
-    best_candidates,
+    Starts,
     choose_rivals,
     exchange,
-    inverse_curvatures,
     moved,
+    promised,
     settle,
     sharpen,
 )
 from absynth.training.generative import GenerativeConfig, TrainedClass, train_class, train_classes
 from absynth.vae import VAEConfig
+from small_models import candidate_energies
 
 TINY = GenerativeConfig(vae_steps=6, decoder_steps=7, vae_batch_size=8, decoder_batch_size=8)
 SMALL = replace(TINY, vae_steps=50, decoder_steps=80)
@@ -121,7 +122,7 @@ def test_contrast_widens_the_gap_and_resumes(
 
     def gap(of: list[torch.nn.Module]) -> float:
         energies = torch.stack(
-            [best_candidates(FoldedDecoder(d), one, images, 1.0)[0] for d, one in zip(of, starts, strict=True)],  # type: ignore[arg-type]
+            [candidate_energies(d, one, images) for d, one in zip(of, starts, strict=True)],  # type: ignore[arg-type]
             dim=1,
         )
         own = energies.gather(1, labels[:, None])
@@ -156,14 +157,16 @@ def test_the_search_of_a_round_comes_close_to_the_analysis(digits: tuple[Tensor,
     trained = train_class(images, 0, SMALL)
     decoder, starts = trained.vae.decoder, choose_candidates(trained.latents, 20, 0)
     folded = FoldedDecoder(decoder)
-    energies, chosen = best_candidates(folded, starts, images, 1.0)
-    curvature = inverse_curvatures(folded, starts, 1.0)[chosen]
+    known = Starts.of(folded, starts, 1.0)
+    energies = candidate_energies(decoder, starts, images)
+    promise, chosen = promised(known, images)
     own = torch.ones(40, dtype=torch.bool)
-    pairs = Pairs(torch.arange(40), own, starts[chosen], curvature, energies.clone(), energies)
-    settle(folded, pairs, images, ContrastConfig(settling=3), 1.0)
+    pairs = Pairs(torch.arange(40), own, chosen, starts[chosen], energies.clone(), energies)
+    settle(folded, known, pairs, images, ContrastConfig(settling=3))
     found = analyze([folded], [Candidates(folded, starts, 1.0)], to_blocks(images), Schedule(steps=12)).energies[:, 0]
     assert (pairs.energies <= energies + 1e-3).all()  # a step that raises an energy is not taken
     assert (energies - pairs.energies).mean() > 0.7 * (energies - found).mean() > 0
+    assert (promise < energies).all() and (promise - found).mean().abs() < 0.5 * (energies - found).mean()
     again = (images - decoder(pairs.latents)).square().flatten(1).sum(1) + pairs.latents.square().sum(1) / 2
     assert torch.allclose(again, pairs.energies, atol=1e-3)
 
@@ -219,7 +222,7 @@ def test_widened_candidates_are_nearer_to_the_images_of_other_classes(digits: tu
     def losing(candidates: Tensor) -> float:
         """Mean energy of the best candidate of the class that an image does not belong to."""
         found = [
-            best_candidates(FoldedDecoder(decoder), one, images[labels != number], 1.0)[0]
+            candidate_energies(decoder, one, images[labels != number])
             for number, (decoder, one) in enumerate(zip(decoders, candidates, strict=True))
         ]
         return torch.cat(found).mean().item()

@@ -11,17 +11,15 @@ from torch import Tensor
 
 from absynth import data, zoo
 from absynth.certificates import Certifier, certified_radii
-from absynth.decoding import FoldedDecoder
 from absynth.errors import InputError
 from absynth.exact import exact_distance
 from absynth.prototypes import PrototypeABS
 from absynth.training.augment import Augmentation
-from absynth.training.contrast import best_candidates
 from absynth.training.explanations import explanations
 from absynth.training.prototypes import PrototypeConfig, train_prototypes
 from absynth.training.recipes import train
 from absynth.vae import Decoder, VAEConfig
-from small_models import write_all
+from small_models import candidate_energies, write_all
 
 SMALL = PrototypeConfig(
     count=8, epochs=4, batch_size=32, margin=1.5, latent_rate=0.1, learning_rate=1e-2, refreshed=3,
@@ -138,7 +136,7 @@ def test_explanations_come_in_the_order_of_the_images_from_any_number_of_process
     for number, (a, b) in enumerate(zip(one, two, strict=True)):
         own = images[labels == number]
         assert torch.equal(a, b) and a.shape == (len(own), 8)
-        before, _ = best_candidates(FoldedDecoder(decoders[number]), starts[number], own, 1.0)
+        before = candidate_energies(decoders[number], starts[number], own)
         after = (own - decoders[number](a)).square().flatten(1).sum(1) + a.square().sum(1) / 2  # (N_c,)
         assert (after <= before + 1e-3).all() and after.mean() < before.mean() - 0.1
 

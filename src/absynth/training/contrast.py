@@ -12,8 +12,9 @@ latents.
 Every round moves every training image afresh, at random: latents kept for an image, or for a few copies of it, let a
 decoder learn its training images by heart (LOG.md). So a round begins with a search for the latents: the best of the
 candidates, then a few Newton steps with the curvature of that candidate, for the true class and for the rivals that
-come close. No adversarial image is used. Within a round a class needs of the others only the energies of this search,
-so classes work side by side. Batch norm stays in eval mode: the decoder is the one the analysis will use.
+come close. The first step needs no decode, for the decoder's Jacobian at each candidate is known. No adversarial image
+is used. Within a round a class needs of the others only the energies of this search, so classes work side by side.
+Batch norm stays in eval mode: the decoder is the one the analysis will use.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from absynth.analysis import Candidates
 from absynth.data import digest
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.training.augment import Augmentation, augment
@@ -56,7 +56,7 @@ class ContrastConfig:
     weight: float = 3.0
     batch_size: int = 32
     learning_rate: float = 1e-3
-    settling: int = 2  # Newton steps of the search
+    settling: int = 2  # Newton steps of the search, the one from the candidate included
     seed: int = 0
 
     @property
@@ -66,8 +66,8 @@ class ContrastConfig:
 
 
 STAGES = 3  # of a round: compare with the candidates, settle the latents, train
-# A candidate's energy lies above that of its minimum: rivals are searched for up to this much beyond a hard gap.
-UNSETTLED = 20.0
+# What a Newton step promises is not the minimum: rivals are searched for up to this much beyond a hard gap.
+UNSETTLED = 10.0
 
 
 @dataclass
@@ -76,8 +76,8 @@ class Pairs:
 
     images: Tensor  # (P,) indices into the training set
     own: Tensor  # (P,) bool
+    starts: Tensor  # (P,): the candidates they start from
     latents: Tensor  # (P,D)
-    curvature: Tensor  # (P,D,D): inverse Gauss-Newton matrices of the candidates they started from
     energies: Tensor  # (P,) of this class
     others: Tensor  # (P,) of the class to be compared with: the true class for a rival, the best rival for its own
 
@@ -95,22 +95,64 @@ def moved(
     return torch.cat([part if response is None else response(part) for part in parts])
 
 
+@dataclass(frozen=True)
+class Starts:
+    """The candidates of one class, with all that a Newton step from them takes."""
+
+    latents: Tensor  # (M,D)
+    points: Tensor  # (M,N): their images, in block order
+    jacobians: Tensor  # (M,D,N)
+    inverses: Tensor  # (M,D,D): (J'J + beta/2 I)^-1
+    beta: float
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, folded: FoldedDecoder, latents: Tensor, beta: float) -> Starts:
+        points, jacobians, inverses = [], [], []
+        damping = beta / 2 * torch.eye(latents.shape[1])
+        for chunk in latents.split(32):
+            activations = folded.activations(chunk)
+            jacobian = folded.tangents(activations)
+            points.append(activations.images)
+            jacobians.append(jacobian)
+            inverses.append(torch.linalg.inv(jacobian @ jacobian.mT + damping))
+        return cls(latents, torch.cat(points), torch.cat(jacobians), torch.cat(inverses), beta)
+
+    def best(self, blocks: Tensor) -> Tensor:
+        """Images (B,N) in block order -> the index (B,) of the candidate with the lowest energy for each."""
+        offsets = self.points.square().sum(1) / 2 + self.beta / 4 * self.latents.square().sum(1)
+        return torch.addmm(offsets, blocks, self.points.T, alpha=-1).argmin(1)
+
+    def step(self, blocks: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the ``chosen`` candidates (B,) of images (B,N): their energies (B,), the Newton step (B,D), and the
+        energy (B,) that it promises."""
+        residual, latents = blocks - self.points[chosen], self.latents[chosen]
+        energies = residual.square().sum(1) + self.beta / 2 * latents.square().sum(1)
+        descent = _product(self.jacobians[chosen], residual) - self.beta / 2 * latents  # minus half the gradient
+        newton = _product(self.inverses[chosen], descent)
+        return energies, newton, energies - (newton * descent).sum(1)
+
+
+def _product(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """(B,R,C), (B,C) -> (B,R)."""
+    return (matrices @ vectors[:, :, None])[:, :, 0]
+
+
 @torch.no_grad()
-def best_candidates(folded: FoldedDecoder, latents: Tensor, images: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Images (N,C,S,S) -> energies (N,) and indices (N,) of the best of the candidate latents (M,D) of one class."""
-    starts = Candidates(folded, latents, beta)
-    energies, chosen = [], []
-    for part in images.split(512):
+def promised(starts: Starts, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Images (N,C,S,S) -> the energies (N,) that a Newton step from the best candidate promises, and its index (N,)."""
+    energies, found = [], []
+    for part in images.split(256):
         blocks = to_blocks(part)
-        best = torch.addmm(starts.offsets, blocks, starts.points.T, alpha=-1).min(1)
-        energies.append(2 * best.values + blocks.square().sum(1))
-        chosen.append(best.indices)
-    return torch.cat(energies), torch.cat(chosen)
+        chosen = starts.best(blocks)
+        energies.append(starts.step(blocks, chosen)[2])
+        found.append(chosen)
+    return torch.cat(energies), torch.cat(found)
 
 
 def choose_rivals(energies: Tensor, labels: Tensor, config: ContrastConfig) -> Tensor:
-    """Which classes look at which images: (N,K) bool, from the candidates' energies (N,K). The true class always, and
-    the ``rivals`` best others where they come close."""
+    """Which classes look at which images: (N,K) bool, from the promised energies (N,K). The true class always, and the
+    ``rivals`` best others where they come close."""
     classes = energies.shape[1]
     own = torch.nn.functional.one_hot(labels, classes).bool()
     true = energies[own][:, None]  # (N,1)
@@ -121,38 +163,24 @@ def choose_rivals(energies: Tensor, labels: Tensor, config: ContrastConfig) -> T
 
 
 @torch.no_grad()
-def inverse_curvatures(folded: FoldedDecoder, latents: Tensor, beta: float) -> Tensor:
-    """(J'J + beta/2 I)^-1 at latents (M,D): (M,D,D)."""
-    found = []
-    for chunk in latents.split(32):
-        jacobian = folded.tangents(folded.activations(chunk))  # (M,D,N)
-        found.append(torch.linalg.inv(jacobian @ jacobian.mT + beta / 2 * torch.eye(latents.shape[1])))
-    return torch.cat(found)
-
-
-@torch.no_grad()
-def settle(folded: FoldedDecoder, pairs: Pairs, images: Tensor, config: ContrastConfig, beta: float) -> None:
+def settle(folded: FoldedDecoder, starts: Starts, pairs: Pairs, images: Tensor, config: ContrastConfig) -> None:
     """Newton steps of the latents, in place. One that raises the energy is taken back, and the next one is shorter."""
-    order = torch.arange(len(pairs.images)).split(64)
-    for rows in order:
-        targets, curvature = to_blocks(images[pairs.images[rows]]), pairs.curvature[rows]
-        best, lowest = pairs.latents[rows], torch.full((len(rows),), torch.inf)
-        trial, newton, rate = best, torch.zeros_like(best), torch.ones(len(rows))
-        for step in range(config.settling + 1):
+    for rows in torch.arange(len(pairs.images)).split(64):
+        targets, chosen = to_blocks(images[pairs.images[rows]]), pairs.starts[rows]
+        best, rate = starts.latents[chosen], torch.ones(len(rows))
+        lowest, newton, _ = starts.step(targets, chosen)
+        for step in range(config.settling):
+            trial = best + rate[:, None] * newton
             activations = folded.activations(trial)
             residual = targets - activations.images
-            energies = residual.square().sum(1) + beta / 2 * trial.square().sum(1)
+            energies = residual.square().sum(1) + starts.beta / 2 * trial.square().sum(1)
             better = energies < lowest
             best = torch.where(better[:, None], trial, best)
             lowest = torch.where(better, energies, lowest)
-            if step == config.settling:
-                break
-            descent = folded.pullback(activations, residual) - beta / 2 * trial  # minus half the gradient
-            # times the inverse of half the Hessian
-            fresh = (curvature @ descent[:, :, None])[:, :, 0]
-            rate = torch.where(better, rate, rate * 0.3)
-            newton = torch.where(better[:, None], fresh, newton)
-            trial = best + rate[:, None] * newton
+            if step + 1 < config.settling:
+                descent = folded.pullback(activations, residual) - starts.beta / 2 * trial
+                newton = torch.where(better[:, None], _product(starts.inverses[chosen], descent), newton)
+                rate = torch.where(better, rate, rate * 0.3)
         pairs.latents[rows], pairs.energies[rows] = best, lowest
 
 
@@ -300,30 +328,32 @@ def _round_images(round_number: int) -> Tensor:
 # The three stages of a round for one class, in a worker; tensors travel as NumPy arrays.
 
 
-def _scan(round_number: int, number: int, weights: dict[str, Any], starts: Any) -> tuple[Any, Any]:
-    folded = FoldedDecoder(_decoder(weights, _worker["sizes"]))
-    energies, chosen = best_candidates(folded, torch.from_numpy(starts), _round_images(round_number), _worker["beta"])
+def _scan(round_number: int, number: int, weights: dict[str, Any], latents: Any) -> tuple[Any, Any]:
+    energies, chosen = promised(_starts(weights, latents)[1], _round_images(round_number))
     return energies.numpy(), chosen.numpy()
 
 
 def _settle(
-    round_number: int, number: int, weights: dict[str, Any], starts: Any, wanted: Any, own: Any, chosen: Any
+    round_number: int, number: int, weights: dict[str, Any], latents: Any, wanted: Any, own: Any, chosen: Any
 ) -> dict[str, Any]:
-    folded = FoldedDecoder(_decoder(weights, _worker["sizes"]))
-    latents, beta = torch.from_numpy(starts), _worker["beta"]
+    folded, starts = _starts(weights, latents)
     rows = torch.from_numpy(wanted).nonzero()[:, 0]
-    start = torch.from_numpy(chosen)[rows]
     nothing = torch.full((len(rows),), torch.nan)
     pairs = Pairs(
         images=rows,
         own=torch.from_numpy(own)[rows],
-        latents=latents[start],
-        curvature=inverse_curvatures(folded, latents, beta)[start],
+        starts=torch.from_numpy(chosen)[rows],
+        latents=nothing[:, None].repeat(1, starts.latents.shape[1]),
         energies=nothing.clone(),
         others=nothing,
     )
-    settle(folded, pairs, _round_images(round_number), _worker["config"], beta)
+    settle(folded, starts, pairs, _round_images(round_number), _worker["config"])
     return _arrays(vars(pairs))
+
+
+def _starts(weights: dict[str, Any], latents: Any) -> tuple[FoldedDecoder, Starts]:
+    folded = FoldedDecoder(_decoder(weights, _worker["sizes"]))
+    return folded, Starts.of(folded, torch.from_numpy(latents), _worker["beta"])
 
 
 def _train(round_number: int, number: int, weights: dict[str, Any], pairs: dict[str, Any]) -> dict[str, Any]:

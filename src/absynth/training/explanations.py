@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from absynth.decoding import FoldedDecoder
-from absynth.training.contrast import ContrastConfig, Pairs, best_candidates, inverse_curvatures, settle
+from absynth.training.contrast import ContrastConfig, Pairs, Starts, promised, settle
 from absynth.training.processes import children_ignore_interrupts, end_with_parent
 from absynth.vae import Decoder, VAEConfig
 
@@ -75,11 +75,10 @@ def _explain(weights: dict[str, Any], candidates: Any, pixels: Any, sizes: VAECo
     decoder = Decoder(sizes)
     decoder.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
     decoder.eval().requires_grad_(False)
-    starts, images = torch.from_numpy(candidates), torch.from_numpy(pixels)
-    folded = FoldedDecoder(decoder)
-    energies, chosen = best_candidates(folded, starts, images, beta)
-    curvature = inverse_curvatures(folded, starts, beta)[chosen]
+    images, folded = torch.from_numpy(pixels), FoldedDecoder(decoder)
+    starts = Starts.of(folded, torch.from_numpy(candidates), beta)
+    energies, chosen = promised(starts, images)
     everything, own = torch.arange(len(images)), torch.ones(len(images), dtype=torch.bool)
-    pairs = Pairs(everything, own, starts[chosen], curvature, energies, energies)
-    settle(folded, pairs, images, SETTLING, beta)
+    pairs = Pairs(everything, own, chosen, starts.latents[chosen], energies, energies)
+    settle(folded, starts, pairs, images, SETTLING)
     return pairs.latents.numpy()
