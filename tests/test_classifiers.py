@@ -91,6 +91,20 @@ def test_the_number_of_threads_does_not_matter(model: ABS, images: Tensor) -> No
         torch.testing.assert_close(energies, found[0][1], atol=1e-5, rtol=0)
 
 
+def test_following_an_image_finds_what_a_fresh_search_finds(model: ABS, images: Tensor) -> None:
+    logits, found = model.follow(images)
+    assert torch.equal(logits, model(images))
+    for step in range(1, 4):
+        moved = (images + 0.02 * step * torch.roll(images, 1, 0)).clamp(0, 1).requires_grad_()
+        logits, found = model.follow(moved, found)
+        (gradient,) = torch.autograd.grad(logits.amax(1).sum(), moved)
+        cold = model(moved)
+        (expected,) = torch.autograd.grad(cold.amax(1).sum(), moved)
+        assert torch.equal(logits.argmax(1), cold.argmax(1))
+        torch.testing.assert_close(logits.amax(1), cold.amax(1), atol=2e-4, rtol=0)
+        assert torch.nn.functional.cosine_similarity(gradient.flatten(1), expected.flatten(1)).min() > 0.99
+
+
 def test_a_batch_larger_than_a_chunk(model: ABS, images: Tensor) -> None:
     many = images.repeat(14, 1, 1, 1)  # 168 images: more than one chunk
     torch.testing.assert_close(model(many)[-12:], model(images), atol=1e-5, rtol=0)

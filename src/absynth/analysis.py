@@ -68,6 +68,8 @@ DEFAULT = Schedule(
     tolerance=1e-4,
     slack=(2.0, 1.85, 1.7, 1.6, 1.5, 1.45, 1.4, 1.35, 1.3),
 )
+# From what was found for an image close by: nearly there.
+FOLLOWING = replace(DEFAULT, steps=3, losing_steps=0, slack=(1.6, 1.45, 1.35))
 PAPER = Schedule(candidates=8000, steps=50, method="adam")  # with prior candidates: see ``prior_candidates``
 
 
@@ -82,6 +84,15 @@ class Found:
     latents: Tensor
     blocks: Tensor
     settled: Tensor
+
+    def rows(self, index: Tensor | slice) -> Found:
+        """What was found for the images ``index``."""
+        return Found(**{field.name: getattr(self, field.name)[index] for field in fields(Found)})
+
+    def put(self, index: Tensor, found: Found) -> None:
+        """Replace, in place, what was found for the images ``index``."""
+        for field in fields(Found):
+            getattr(self, field.name)[index] = getattr(found, field.name)
 
 
 def join(parts: Sequence[Found]) -> Found:
@@ -154,12 +165,13 @@ def analyze(
     beta: float = 1.0,
     scales: Tensor | None = None,
     label_only: bool = False,
-    starts: Tensor | None = None,
+    starts: Tensor | Found | None = None,
 ) -> Found:
     """Images (B,N) in block order -> the minima found for every class.
 
     ``label_only`` lets the search of a class end where it is out of the running; ``scales`` (K,) are the factors with
-    which energies are compared. ``starts`` (B,K,D) replaces the search among candidates, for callers that know latents.
+    which energies are compared. ``starts`` replaces the search among candidates: latents (B,K,D), or what was found for
+    images close to these.
     """
     count, classes = len(blocks), len(decoders)
     # problem b*K + c: image b, class c
@@ -169,6 +181,9 @@ def analyze(
         points = torch.stack([one.points[index] for one, index in zip(candidates, chosen, strict=True)], dim=1)
         work = _Problems(decoders, blocks, latents.flatten(0, 1), beta, schedule, candidates)
         work.begin(points.flatten(0, 1))
+    elif isinstance(starts, Found):
+        work = _Problems(decoders, blocks, starts.latents.flatten(0, 1), beta, schedule, candidates)
+        work.begin(starts.blocks.flatten(0, 1).clone())
     else:
         work = _Problems(decoders, blocks, starts.flatten(0, 1), beta, schedule)
         work.evaluate(work.everything())

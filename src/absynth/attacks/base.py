@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from absynth.attacks.queries import rows_of
+from absynth.attacks.queries import Following, can_follow, rows_of
 from absynth.errors import InputError
 from absynth.norms import Norm
 
@@ -152,6 +152,14 @@ class Problem:
                 f"expected logits ({len(self.images)}, K) with K at least 2"
             )
         return logits
+
+
+def followed(problem: Problem) -> Problem:
+    """The same problem for an attack that moves every image in small steps: a classifier that searches starts from what
+    it found for the image's last position. Its hits have to be confirmed by the problem itself."""
+    if not can_follow(problem.classifier):
+        return problem
+    return replace(problem, classifier=Following(problem.classifier, len(problem)))
 
 
 class Attack(ABC):

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Problem, Proposals, per_image
+from absynth.attacks.base import Attack, Problem, Proposals, followed, per_image
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.projection import onto_halfspace
-from absynth.attacks.search import Best, toward_clean
+from absynth.attacks.search import Best, clean_to, first_on_path, toward_clean
 from absynth.norms import L0, Norm
+
+FARTHER = (1.0, 1.01, 1.03, 1.1, 1.3)  # of the way from the clean image
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class BoundaryProjection(Attack):
     smallest-perturbation problem. A step that does not improve on the best adversarial of its run goes back to it and
     halves the way. Of the ``candidates`` likeliest rivals, the ``targets`` whose linearized boundaries are nearest have
     a run each; a run that lags ``behind`` times the image's best after half of the steps, or that has stopped
-    improving, is ended. Needs no step size. Works for L0 too, where the projection uses up pixels in the order of their
+    improving, is ended. A classifier that searches starts from what it found for a run's last image; what came of it is
+    asked again, cold. Needs no step size. Works for L0 too, where the projection uses up pixels in the order of their
     gain.
 
     Source: this project; close to FAB (Croce & Hein 2020, arXiv 1907.02044), which mixes in a projection of the current
@@ -50,7 +53,8 @@ class BoundaryProjection(Attack):
 
     def search(self, problem: Problem) -> Proposals:
         owner, rivals = self._runs(problem)  # (R,), (R,): R runs, several an image
-        runs = problem.rows(owner)
+        cold = problem.rows(owner)
+        runs = followed(cold)
         best = Best(runs)
         x = runs.images.clone()
         # The share of the way from the best adversarial to the projection: 1, halved where a step did not improve.
@@ -79,6 +83,8 @@ class BoundaryProjection(Attack):
                 break
         if len(todo):
             best.update(todo, x[todo], runs.rows(todo).met(x[todo]))
+        if runs is not cold:
+            best = _confirmed(cold, best)
         nearest = _nearest_run(problem, best, owner)
         return take_back(problem, nearest) if self.norm == L0 else toward_clean(problem, nearest, self.bisections)
 
@@ -124,6 +130,18 @@ class BoundaryProjection(Attack):
         nearest = nearest.scatter_reduce(0, owner, best.distance, "amin")[owner]
         lagging = (best.distance > self.behind * nearest) & (step >= self.steps // 2)
         return ~lagging & ((stale < self.patience) | best.distance.isinf())
+
+
+def _confirmed(problem: Problem, said: Best) -> Best:
+    """What the classifier, asked anew, says of the best that it is ``said`` to call adversarial: where it disagrees, a
+    little farther from the clean image."""
+    path = clean_to(problem, said.images)
+    limit = torch.where(said.distance.isfinite(), torch.inf, 0.0).double()
+    position = first_on_path(problem, path, FARTHER, bisections=0, limit=limit)
+    hit = position.isfinite().nonzero()[:, 0]
+    best = Best(problem)
+    best.update(hit, path(hit, position[hit]), torch.ones_like(hit, dtype=torch.bool))
+    return best
 
 
 def _nearest_run(problem: Problem, best: Best, owner: Tensor) -> Proposals:

@@ -77,13 +77,12 @@ def _all() -> dict[str, Attack]:
 ATTACKS: dict[str, Attack] = _all()
 
 SUITES: dict[str, tuple[str, ...]] = {
-    # A first answer in minutes: the strongest attack of each norm and one that needs no gradient.
+    # A first answer in minutes: the strongest attack of each norm. All of them trust the model's gradient.
     "quick": (
         "boundary-projection-l0",
         "boundary-projection-l1",
         "boundary-projection-l2",
         "boundary-projection-linf",
-        "pointwise-l0",
         # For models with a ramp; left out for others.
         "ramp-projection-l0",
         "ramp-projection-l1",

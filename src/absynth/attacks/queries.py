@@ -67,9 +67,55 @@ class CountingClassifier:
         self._count(self.forward, images)
         return analyze(images)
 
+    @property
+    def follows(self) -> bool:
+        """Whether the inner classifier can start from what it found for images close by."""
+        return can_follow(self.classifier)
+
+    def follow(self, images: Tensor, before: Any = None) -> tuple[Tensor, Any]:
+        """The inner classifier's ``follow``, counted like any other question."""
+        self._count(self.forward, images)
+        logits, found = self.classifier.follow(images, before)  # type: ignore[attr-defined]
+        if logits.requires_grad:
+            logits.register_hook(lambda gradient: self._count(self.backward, gradient))
+        return logits, found
+
     def _count(self, counter: Tensor, batch: Tensor) -> None:
         if len(batch) != len(self.rows):
             raise InputError(
                 f"{len(batch)} images were asked about in a batch of {len(self.rows)}: use select(rows) first"
             )
         counter.index_add_(0, self.rows, torch.ones_like(self.rows))
+
+
+def can_follow(classifier: Callable[[Tensor], Tensor]) -> bool:
+    """Whether ``classifier`` can start its own search from what it found for images close by, as ABS can."""
+    return bool(getattr(classifier, "follows", hasattr(classifier, "follow")))
+
+
+class Following:
+    """A classifier that starts, for each of ``count`` images, from what it found when it was last asked about it.
+
+    For attacks that move every image in small steps. Its answers depend on what was asked before: a hit counts when the
+    classifier itself says so.
+    """
+
+    def __init__(self, classifier: Callable[[Tensor], Tensor], count: int) -> None:
+        self.classifier, self.rows = classifier, torch.arange(count)
+        self.memory: dict[str, Any] = {}  # shared by all views: "found", of all images
+
+    def select(self, rows: Tensor) -> Following:
+        """The view of the images ``rows`` (n,) of this view; none may come twice."""
+        view = Following(rows_of(self.classifier, rows), 0)
+        view.rows, view.memory = self.rows.to(rows.device)[rows], self.memory
+        return view
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(n,C,H,W) -> logits (n,K). The first question is about all images."""
+        known = self.memory.get("found")
+        logits, found = self.classifier.follow(images, known and known.rows(self.rows))  # type: ignore[attr-defined]
+        if known is None:
+            self.memory["found"] = found
+        else:
+            known.put(self.rows, found)
+        return logits  # type: ignore[no-any-return]
