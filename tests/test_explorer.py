@@ -181,6 +181,13 @@ def test_every_model_answers_and_one_that_is_missing_says_why(client: httpx.Clie
     assert all("train it with" in one["error"] for one in told if one["event"] == "error")
 
 
+def test_no_scribble_is_a_bar() -> None:
+    for seed in range(40):
+        ink = samples.sample("scribble", seed)[0] > 0.3
+        high, wide = int(ink.any(1).sum()), int(ink.any(0).sum())
+        assert min(high, wide) > 0.7 * max(high, wide)
+
+
 def test_test_images_and_samples(client: httpx.Client) -> None:
     images, labels = data.load("digits", "test")
     told = client.get("/api/test").json()

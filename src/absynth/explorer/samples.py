@@ -29,7 +29,7 @@ def sample(kind: str, seed: int) -> Tensor:
 
 
 def _scribble(rng: np.random.Generator) -> Tensor:
-    """One pen that wanders: a sum of a few waves in x and in y, (h,w) in [0,1]."""
+    """One pen that wanders: a sum of a few waves in x and in y, (h,w) in [0,1]. As high as wide: a narrow one is a 1."""
     time = np.linspace(0, 2 * np.pi, 400)
     waves = np.arange(1, 6)
     points = np.zeros((400, 2))
@@ -37,7 +37,7 @@ def _scribble(rng: np.random.Generator) -> Tensor:
         strength, phase = rng.normal(size=5) / waves**0.5, rng.uniform(0, 2 * np.pi, 5)
         points[:, axis] = (strength * np.sin(time[:, None] * waves + phase)).sum(1)
     points -= points.min(0)
-    points *= (_CANVAS - 24) / points.max()
+    points *= (_CANVAS - 24) / points.max(0)
     canvas = Image.new("L", (_CANVAS, _CANVAS))
     path = [(float(x) + 12, float(y) + 12) for x, y in points]
     ImageDraw.Draw(canvas).line(path, fill=255, width=9, joint="curve")
