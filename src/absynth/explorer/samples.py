@@ -29,7 +29,7 @@ def sample(kind: str, seed: int) -> Tensor:
 
 
 def _scribble(rng: np.random.Generator) -> Tensor:
-    """One pen that wanders: a sum of a few waves in x and in y, (h,w) in [0,1]. As high as wide: a narrow one is a 1."""
+    """One pen that wanders: a sum of a few waves in x and in y, (h,w) in [0,1]. As high as wide, or it may be a 1."""
     time = np.linspace(0, 2 * np.pi, 400)
     waves = np.arange(1, 6)
     points = np.zeros((400, 2))
