@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from absynth.attacks.base import Classifier, draw_uniform, generators
+from absynth.attacks.queries import Following, can_follow, rows_of
 from absynth.errors import InputError
 from absynth.evaluation.judge import device_of
 from absynth.evaluation.plan import row_seed
@@ -78,18 +79,27 @@ def distal(
         raise InputError(f"class {target} is out of range: the model has {first.shape[1]}, numbered from 0")
     images, velocity = starts.clone(), torch.zeros_like(starts)
     confidences, taken = first[:, target].clone(), torch.zeros(count, dtype=torch.int64)
-    todo = (confidences <= confidence).nonzero().squeeze(1)
-    for step in range(steps):
-        if not len(todo):
+    # A classifier that searches starts from what it found for the image one step before.
+    asked = Following(classifier, count) if can_follow(classifier) else classifier
+    todo = torch.arange(count, device=device)
+    for step in range(steps + 1):
+        confidences[todo], gradient = _ascent(rows_of(asked, todo), classifier, images[todo], target)
+        sure = todo[confidences[todo] > confidence]
+        if asked is not classifier and len(sure):  # it counts when a fresh search says so
+            with torch.no_grad():
+                confidences[sure] = probabilities(classifier, images[sure])[:, target]
+        going = confidences[todo] <= confidence
+        todo, gradient = todo[going], gradient[going]
+        if step == steps or not len(todo):
             break
-        velocity[todo] = momentum * velocity[todo] + _ascent(classifier, images[todo], target)
+        velocity[todo] = momentum * velocity[todo] + gradient
         images[todo] = (images[todo] + learning_rate * velocity[todo]).clamp(0, 1)
-        with torch.no_grad():
-            confidences[todo] = probabilities(classifier, images[todo])[:, target]
         taken[todo.cpu()] = step + 1
-        todo = todo[confidences[todo] <= confidence]
         if progress is not None:
             progress(step + 1, steps)
+    if asked is not classifier and len(todo):
+        with torch.no_grad():
+            confidences[todo] = probabilities(classifier, images[todo])[:, target]
     targets = torch.full((count,), target)
     return Distal(starts.cpu(), images.cpu(), targets, first[:, target].cpu(), confidences.cpu(), taken)
 
@@ -125,14 +135,27 @@ def load_distal(folder: str | Path) -> dict[str, Distal]:
         raise InputError(f"{path} is damaged ({error}): delete it and run `absynth distal` again") from error
 
 
-def _ascent(classifier: Classifier, images: Tensor, target: int) -> Tensor:
-    """The gradient (n,C,H,W) of the log-probability of ``target``; of its logit for the images where that vanishes."""
+def _ascent(asked: Classifier, classifier: Classifier, images: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """The probability (n,) of ``target`` and the gradient (n,C,H,W) of its logarithm; of its logit for the images where
+    that vanishes. ``asked`` gives the logits of ``classifier``."""
     variable = images.detach().requires_grad_()
+    logits = asked(variable)
+    shares = _shares(classifier, variable, logits)[:, target]
     # The smallest normal float32 keeps the logarithm finite and its gradient zero where the probability underflows.
-    log = probabilities(classifier, variable)[:, target].clamp(min=torch.finfo(torch.float32).tiny).log()
-    (gradient,) = torch.autograd.grad(log.sum(), variable)
+    log = shares.clamp(min=torch.finfo(torch.float32).tiny).log()
+    (gradient,) = torch.autograd.grad(log.sum(), variable, retain_graph=True)
     flat = ~(gradient.abs().flatten(1).amax(1) > 1e-6)
     if flat.any():
-        variable = images[flat].detach().requires_grad_()
-        (gradient[flat],) = torch.autograd.grad(classifier(variable)[:, target].sum(), variable)
-    return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+        (steepest,) = torch.autograd.grad(logits[flat, target].sum(), variable)
+        gradient[flat] = steepest[flat]
+    return shares.detach(), torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _shares(classifier: Classifier, images: Tensor, logits: Tensor) -> Tensor:
+    """The probabilities (n,K) that belong to these images and their logits (n,K), without asking again if possible."""
+    posterior = getattr(classifier, "posterior", None)
+    if callable(posterior):
+        found: Tensor = posterior(logits)
+        return found
+    own = getattr(classifier, "probabilities", None)
+    return probabilities(classifier, images) if callable(own) else torch.softmax(logits, dim=1)
