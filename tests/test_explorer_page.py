@@ -161,6 +161,10 @@ def test_attack_difference_morph_and_the_others(browser: Any, weights: Path) -> 
     wait(browser, f"#attack-answers [data-model={there[-1]}] .share", "%")
     rows = browser.find_elements("css selector", "#attack-answers .answer")
     assert [row.get_attribute("data-model") for row in rows] == there
+    answers = text(browser, "#attack-answers")
+    choose(browser, "abs")  # another model to look with changes nothing below
+    assert text(browser, "#attack-answers") == answers
+    choose(browser, NN)
     shoot(browser, "attacked")
     slider = find(browser, "#slider")
     slider.send_keys("\ue011")  # home: back to the image

@@ -30,7 +30,7 @@ function choose(model) {
   state.model = model;
   element("model").value = model;
   if (!state.victimChosen) element("victim").value = model;
-  for (const place of document.querySelectorAll("[data-model]")) place.textContent = model;
+  for (const place of document.querySelectorAll("[data-chosen]")) place.textContent = model;
   look.again();
 }
 
