@@ -69,7 +69,7 @@ DEFAULT = Schedule(
     slack=(2.0, 1.85, 1.7, 1.6, 1.5, 1.45, 1.4, 1.35, 1.3),
 )
 # From what was found for an image close by: nearly there.
-FOLLOWING = replace(DEFAULT, steps=3, losing_steps=0, slack=(1.6, 1.45, 1.35))
+FOLLOWING = replace(DEFAULT, steps=3, losing_steps=0, slack=(1.3, 1.2, 1.15))
 PAPER = Schedule(candidates=8000, steps=50, method="adam")  # with prior candidates: see ``prior_candidates``
 
 
