@@ -14,7 +14,7 @@ endif
 .PHONY: help setup quickstart test test-docs lint format benchmark docs
 help:
 	@echo "make setup       install absynth and its tools into .venv"
-	@echo "make quickstart  classify test images with every model, write a page that explains one"
+	@echo "make quickstart  every model on digits and on noise, four under attack; a page and a report"
 	@echo "make test        run the tests"
 	@echo "make lint        ruff check, ruff format --check, mypy --strict"
 	@echo "make docs        build the documentation into docs/_build/html, warnings are errors"
@@ -30,7 +30,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: $(STAMP)
-	$(BIN)/absynth quickstart
+	$(BIN)/absynth quickstart $(ARGS)
 
 # The pages' code blocks take longer than all other tests: `make test-docs` executes them.
 test: $(STAMP)

@@ -367,7 +367,7 @@ def test_quickstart_falls_back(run: Run, weights: Path, tmp_path: Path, monkeypa
     # as if an earlier quickstart had trained: that one is kept and not trained again
     (tmp_path / "tour").mkdir()
     (tmp_path / "tour" / "weights").symlink_to(weights)
-    result = run("quickstart", "--out", tmp_path / "tour", "--images", 5, "--noise", 3)
+    result = run("quickstart", "--out", tmp_path / "tour", "--images", 5, "--noise", 3, "--attacked", 1)
     assert result.code == 0, result.err
     assert "falling back to the embedded digits" in result.err
     page = (tmp_path / "tour" / "index.html").read_text()
@@ -375,6 +375,8 @@ def test_quickstart_falls_back(run: Run, weights: Path, tmp_path: Path, monkeypa
     for name in zoo.names():
         assert name in result.out
         assert f">{name}<" in page
+    assert "the first 1 of them, attacked" in result.out
+    assert len(list((tmp_path / "tour").glob("run-digits-*/report.html"))) == 1
     assert page.count("data:image/png;base64,") == 4
     assert "$" not in page
     assert "http" not in page.replace("http-equiv", "")

@@ -137,7 +137,7 @@ def test_wheel_runs_on_the_libraries_it_declares_alone(
         assert call(bare, tmp_path, "python", "-c", f"import {tool}").returncode == 1, tool
     version = call(bare, tmp_path, "absynth", "--version")
     assert version.stdout == f"absynth {absynth.__version__}\n"
-    tour = call(bare, tmp_path, "absynth", "quickstart", "--images", 4, "--noise", 2)
+    tour = call(bare, tmp_path, "absynth", "quickstart", "--images", 4, "--noise", 2, "--attacked", 1)
     assert tour.returncode == 0, tour.stderr
     assert (tmp_path / "quickstart" / "index.html").stat().st_size > 100_000
     save_picture(tmp_path / "seven.png", mnist_test[0][0])

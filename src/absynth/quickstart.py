@@ -1,8 +1,10 @@
-"""The tour: every model on real test images, noise that only ABS refuses, and a page that shows an analysis."""
+"""The tour: every model on real test images, noise that only ABS refuses, a page that shows an analysis, and a small
+evaluation under attack."""
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import html
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -18,10 +20,14 @@ from absynth import data, zoo
 from absynth.classifiers import ABS, Calibrated
 from absynth.clean import Clean, answers, measure
 from absynth.errors import InputError
+from absynth.evaluation import Summary, report
 from absynth.inventory import check_writable, describe_model, label_names, problems
+from absynth.reproduction import evaluate_models
 
 Report = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
 Bar = Callable[[str], AbstractContextManager[Report]]  # a title -> a progress bar
+
+ATTACKED = ("abs", "binary-abs", "cnn", "madry")  # the four that the paper compares
 
 # Of the training steps of the shipped models: enough for 1,100 small digits, in about two minutes on two cores.
 SMALL_EFFORT = {
@@ -46,7 +52,8 @@ class Noise:
 
 @dataclass(frozen=True)
 class Tour:
-    """What the quickstart found, by model; ``shuffled``: digits with their pixels shuffled."""
+    """What the quickstart found, by model; ``shuffled``: digits with their pixels shuffled. ``attacked`` and its
+    ``report`` are None when no attack was asked for."""
 
     dataset: str
     images: int
@@ -54,6 +61,8 @@ class Tour:
     noise: dict[str, Noise]
     shuffled: dict[str, Noise]
     page: Path
+    attacked: Summary | None
+    report: Path | None
 
 
 def run(
@@ -61,6 +70,7 @@ def run(
     *,
     images: int = 300,
     noise_images: int = 100,
+    attacked: int = 20,
     root: str | Path | None = None,
     bar: Bar,
     say: Callable[[str], None],
@@ -68,8 +78,9 @@ def run(
     """Measure every model at hand and write ``index.html`` and its figures into the folder ``out``.
 
     On MNIST with the shipped weights; where either is missing and cannot be downloaded, on the embedded digits, with
-    small models trained on them and kept in ``out``. ``bar`` makes progress bars, ``say`` is told what happens.
-    Raises InputError if ``out`` cannot be written.
+    small models trained on them and kept in ``out``. Then the suite "quick" on the first ``attacked`` test images (0:
+    no attack), in L0, L2 and L-infinity, into a run folder in ``out`` with its report. ``bar`` makes progress bars,
+    ``say`` is told what happens. Raises InputError if ``out`` cannot be written.
     """
     out = Path(out)
     check_writable(out)
@@ -83,19 +94,30 @@ def run(
     noise_images = min(noise_images, len(pictures))
     blank, shuffled = without_digits(pictures[:noise_images])
     clean, on_noise, on_shuffled = {}, {}, {}
-    with bar("classifying") as report:
+    with bar("classifying") as tell:
         for number, (name, model) in enumerate(models.items()):
-            report(number, len(models), name)
+            tell(number, len(models), name)
             clean[name] = measure(model, pictures[:images], labels[:images])
             on_noise[name], on_shuffled[name] = _answers(model, blank), _answers(model, shuffled)
-        report(len(models), len(models), "")
+        tell(len(models), len(models), "")
     explainer = models["abs"]
     assert isinstance(explainer, ABS)
     names = label_names(dataset, len(explainer.decoders))
     shown = _first_right(explainer, pictures, labels)
     _explain(explainer, pictures[shown], names, out / "digit")
     refused = _explain(explainer, shuffled[0], names, out / "shuffled")
-    tour = Tour(dataset, images, clean, on_noise, on_shuffled, out / "index.html")
+    summary, written = None, None
+    if attacked:
+        digests = "".join(str(one.digest) for one in described if one.name in ATTACKED)
+        # of its own for other weights: a run is about the models it began with
+        folder = out / f"run-{dataset}-{hashlib.sha256(digests.encode()).hexdigest()[:8]}"
+        with bar("attacking") as tell:
+            summary = evaluate_models(
+                [name for name in ATTACKED if name in models], dataset, suite="quick", images=attacked, out=folder,
+                weights=weights, root=root, progress=tell, probe=False,  # the questions would double a newcomer's wait
+            )  # fmt: skip
+        written = report(folder).html
+    tour = Tour(dataset, images, clean, on_noise, on_shuffled, out / "index.html", summary, written)
     tour.page.write_text(_page(tour, noise_images, refused), encoding="utf-8")
     return tour
 

@@ -52,6 +52,7 @@ def evaluate_models(
     root: str | Path | None = None,
     progress: Told | None = None,
     cluster: str | None = None,
+    probe: bool = True,
 ) -> Summary:
     """Attack each model (as ``absynth.clean.load_any`` takes them) into a run folder of its own below ``out``.
 
@@ -68,7 +69,7 @@ def evaluate_models(
 
             evaluate(
                 classifier, dataset, suite=suite, norms=norms, images=images, out=run_folder(out, name), seed=seed,
-                progress=tell, name=name, root=root, executor=executors(name),
+                progress=tell, name=name, root=root, executor=executors(name), probe=probe,
             )  # fmt: skip
     return summarize(out)
 

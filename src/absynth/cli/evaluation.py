@@ -86,7 +86,7 @@ def evaluate(
     if json:
         emit(summary.to_json())
     else:
-        _show_attacked(summary)
+        show_attacked(summary)
         print(f"the rows are in {out}: absynth report {out}, absynth verify {out}")
 
 
@@ -258,7 +258,8 @@ def _show_clean(found: dict[str, Clean]) -> None:
     table(columns, rows, right=columns[1:-1])
 
 
-def _show_attacked(summary: Summary) -> None:
+def show_attacked(summary: Summary) -> None:
+    """A table of what the attacks left, and the doubts on stderr."""
     rows = []
     for one in summary.models:
         for norm, cells in one.norms.items():

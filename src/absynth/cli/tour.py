@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from absynth.cli.evaluation import show_attacked
 from absynth.cli.options import Json, Root
 from absynth.cli.output import emit, kept, note, percent, progress, table
 
@@ -16,20 +17,26 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder for the page and its figures.")] = Path("quickstart"),
     images: Annotated[int, typer.Option(min=1, help="How many test images.")] = 300,
     noise: Annotated[int, typer.Option(min=1, help="How many images of noise, and of shuffled digits.")] = 100,
+    attacked: Annotated[
+        int, typer.Option(min=0, help="How many test images to attack: ABS, Binary ABS, CNN and madry. 0: none.")
+    ] = 20,
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """See it work: every model on digits and on noise.
+    """See it work: every model on digits and on noise, four of them under attack.
 
-    Writes a page that shows how ABS explains an image.
+    Writes a page that shows how ABS explains an image, and the report of the attacks.
     """
     note("loading")
     with kept(f"what was trained is kept in {out}; the same command goes on from there"):
         from absynth.quickstart import run
 
-        tour = run(out, images=images, noise_images=noise, root=root, bar=progress, say=note)
+        tour = run(out, images=images, noise_images=noise, attacked=attacked, root=root, bar=progress, say=note)
     if json:
-        emit({**asdict(tour), "page": str(tour.page)})
+        under_attack = None if tour.attacked is None else tour.attacked.to_json()
+        written = None if tour.report is None else str(tour.report)
+        plain = {**asdict(replace(tour, attacked=None)), "page": str(tour.page), "report": written}
+        emit({**plain, "attacked": under_attack})
         return
     rows = []
     for name, clean in tour.clean.items():
@@ -50,4 +57,7 @@ def quickstart(
     columns = ("model", "right", "95 % interval", "sure of digits", "of noise", "of shuffled digits", "refuses these")
     print(f"{tour.images} test images of {tour.dataset}; sure: median of the largest probability")
     table(columns, rows, right=columns[1:])
+    if tour.attacked is not None:
+        print(f"the first {attacked} of them, attacked; all attacks and adversarials: {tour.report}")
+        show_attacked(tour.attacked)
     print(f"how ABS explains an image: {tour.page}")
