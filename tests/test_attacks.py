@@ -14,7 +14,7 @@ from torch import Tensor
 from absynth.analysis import Found
 from absynth.attacks.base import Goal, Problem, draw_normal, generators
 from absynth.attacks.binary import Thresholded, across_threshold
-from absynth.attacks.boundary_projection import BoundaryProjection
+from absynth.attacks.boundary_projection import BoundaryProjection, greedy_flips
 from absynth.attacks.catalog import ATTACKS, SUITES, information, iterated, lookup
 from absynth.attacks.decision import Boundary
 from absynth.attacks.estimated import EstimatedGradient
@@ -331,6 +331,30 @@ def test_each_image_is_followed_from_its_own_last_answer() -> None:
     expected = [None, [0.5, 0.2, 0.3], [0.35, 0.55], [0.1, 0.25, 0.3, 0.4, 0.5]]
     for before, values in zip(model.before, expected, strict=True):
         assert before is None if values is None else torch.allclose(before, torch.tensor(values))
+
+
+def test_greedy_flips_find_what_they_claim() -> None:
+    network, images, labels = trained_digits()
+    goal = Goal.untargeted(labels[:8])
+    problem = Problem(network, images[:8], goal, torch.arange(8), L0)
+    found = greedy_flips(problem)
+    assert found.found.all() and goal.met(network(found.images)).all()
+    changed = found.images != images[:8]
+    assert ((found.images[changed] == 0) | (found.images[changed] == 1)).all()
+    assert (L0.distance(found.images, images[:8]) <= 100).all()
+    assert not greedy_flips(problem, most=1).found.all()
+
+
+@pytest.mark.parametrize("norm", [L0, L2], ids=str)
+def test_where_gradients_say_nothing_boundary_projection_still_finds_something(norm) -> None:
+    def steps(images: Tensor) -> Tensor:  # its gradient is zero
+        return MODEL((images * 4).round() / 4) + 0 * images.flatten(1).sum(1, keepdim=True)
+
+    images, labels = images_near(MODEL, 3)
+    goal, seeds = Goal.untargeted(labels), torch.arange(3)
+    one, other = (BoundaryProjection(norm)(steps, images, goal, s) for s in (seeds, seeds + 9))
+    assert one.found.all() and goal.met(steps(one.images)).all()
+    assert torch.equal(one.images, other.images)
 
 
 def test_restarts_never_hurt_and_momentum_is_another_attack() -> None:

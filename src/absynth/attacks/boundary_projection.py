@@ -3,7 +3,8 @@ repeat."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from absynth.attacks.base import Attack, Problem, Proposals, followed, per_image
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.projection import onto_halfspace
-from absynth.attacks.search import Best, clean_to, first_on_path, toward_clean
+from absynth.attacks.search import Best, clean_to, first_on_path, starting_points, toward_clean
 from absynth.norms import L0, Norm
 
 FARTHER = (1.0, 1.01, 1.03, 1.1, 1.3)  # of the way from the clean image
@@ -29,7 +30,7 @@ class BoundaryProjection(Attack):
     a run each; a run that lags ``behind`` times the image's best after half of the steps, or that has stopped
     improving, is ended. A classifier that searches starts from what it found for a run's last image; what came of it is
     asked again, cold. Needs no step size. Works for L0 too, where the projection uses up pixels in the order of their
-    gain.
+    gain. Images on which nothing is found are tried again by greedy flips in L0, then by noise, brought close.
 
     Source: this project; close to FAB (Croce & Hein 2020, arXiv 1907.02044), which mixes in a projection of the current
     image.
@@ -86,6 +87,9 @@ class BoundaryProjection(Attack):
         if runs is not cold:
             best = _confirmed(cold, best)
         nearest = _nearest_run(problem, best, owner)
+        if self.norm == L0:
+            nearest = _or_else(problem, nearest, greedy_flips)
+        nearest = _or_else(problem, nearest, _noise)
         return take_back(problem, nearest) if self.norm == L0 else toward_clean(problem, nearest, self.bisections)
 
     def _runs(self, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -142,6 +146,47 @@ def _confirmed(problem: Problem, said: Best) -> Best:
     best = Best(problem)
     best.update(hit, path(hit, position[hit]), torch.ones_like(hit, dtype=torch.bool))
     return best
+
+
+def _or_else(problem: Problem, proposals: Proposals, search: Callable[[Problem], Proposals]) -> Proposals:
+    """The proposals, and what another ``search`` finds for the images that have none."""
+    missing = (~proposals.found).nonzero()[:, 0]
+    if not len(missing):
+        return proposals
+    others = search(problem.rows(missing))
+    images, found = proposals.images.clone(), proposals.found.clone()
+    images[missing], found[missing] = others.images, others.found
+    return Proposals(images, found)
+
+
+def _noise(problem: Problem) -> Proposals:
+    """Noise that is adversarial, the same whatever the seeds: far, but a beginning for what follows."""
+    return starting_points(replace(problem, seeds=torch.zeros_like(problem.seeds)))
+
+
+def greedy_flips(problem: Problem, most: int = 100) -> Proposals:
+    """One pixel after the other set to black or white, the one that helps most by the gradient at the image so far, at
+    most ``most`` of them (after JSMA, Papernot et al. 2016, arXiv 1511.07528)."""
+    best, x = Best(problem), problem.images.clone()
+    free = torch.ones_like(x[:, 0].flatten(1), dtype=torch.bool)  # (B,H*W)
+    todo = torch.arange(len(x), device=x.device)
+    for _ in range(most):
+        part = problem.rows(todo)
+        margin, gradient = part.margin_and_gradient(x[todo])
+        best.update(todo, x[todo], margin <= 0)
+        going = margin > 0
+        todo, gradient = todo[going], gradient[going].flatten(2)  # (n,C,H*W)
+        if not len(todo):
+            break
+        flat = x[todo].flatten(2)
+        flipped = torch.where(gradient > 0, 0.0, 1.0).to(flat)
+        gain = (gradient * (flat - flipped)).sum(1)  # (n,H*W): by how much the margin falls
+        pixel = gain.masked_fill(~free[todo], -torch.inf).argmax(1)
+        rows = torch.arange(len(todo), device=x.device)
+        flat[rows, :, pixel] = flipped[rows, :, pixel]
+        free[todo, pixel] = False
+        x[todo] = flat.view_as(x[todo])
+    return best.proposals()
 
 
 def _nearest_run(problem: Problem, best: Best, owner: Tensor) -> Proposals:

@@ -109,6 +109,7 @@ def render_html(
         thresholds=", ".join(f"{NORM_TITLES[norm]} {THRESHOLDS[norm]:g}" for norm in norms),
         overview=[_overview(model, norms) for model in summary.models],
         warnings=[(figures.display_name(model.name), model.doubts) for model in summary.models if model.doubts],
+        unasked=_unasked(summary),
         curves=[_curves(summary, norm) for norm in norms],
         tables=[_table(summary, norm) for norm in norms],
         pictures=pictures,
@@ -177,8 +178,15 @@ def render_markdown(summary: Summary) -> str:
         lines += _markdown_table(["attack", *table["models"]], body)
     doubts = [(figures.display_name(model.name), doubt) for model in summary.models for doubt in model.doubts]
     lines += ["", "## Warnings", ""]
-    lines += [f"- {name}, {doubt.subject}: {doubt.message}" for name, doubt in doubts] or ["None."]
-    return "\n".join(lines) + "\n"
+    lines += [f"- {name}, {doubt.subject}: {doubt.message}" for name, doubt in doubts]
+    if unasked := _unasked(summary):
+        lines += [f"Not looked for: {unasked}."]
+    return "\n".join(lines if lines[-1] else [*lines, "None."]) + "\n"
+
+
+def _unasked(summary: Summary) -> str:
+    """The models that the evaluation did not put its questions to, attacked ones only."""
+    return ", ".join(figures.display_name(model.name) for model in summary.models if model.norms and not model.probed)
 
 
 # Tables

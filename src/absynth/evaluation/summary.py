@@ -108,7 +108,8 @@ class ModelSummary:
 
     ``union`` holds the images that no adversarial of any attack breaks within the balls of L0, L2 and L∞ at their
     thresholds; each adversarial counts in every ball it lies in, not only in its own norm's. None without rows in all
-    three. ``nearest`` is the row of each image's nearest adversarial, by norm.
+    three. ``nearest`` is the row of each image's nearest adversarial, by norm. ``probed``: whether the questions of
+    ``absynth.evaluation.doubts`` were put to the model; without them no doubt means little.
     """
 
     name: str
@@ -119,6 +120,7 @@ class ModelSummary:
     nearest: Mapping[str, Mapping[int, Row]]
     certificates: tuple[Certificate, ...] = ()
     doubts: tuple[Doubt, ...] = ()
+    probed: bool = True
     labels: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -194,6 +196,7 @@ def summarize(*folders: str | Path) -> Summary:
                     {index: image for index, (image, _) in images.items()},
                     ledger.certificates(record.digest),
                     doubts,
+                    bool(ledger.probes(record.digest)),
                 )
                 found.append((model, folder))
     names = [model.name for model, _ in found]
@@ -213,6 +216,7 @@ def summarize_model(
     images: Mapping[int, torch.Tensor],
     certificates: Iterable[Certificate] = (),
     doubts: Iterable[Doubt] = (),
+    probed: bool = True,
 ) -> ModelSummary:
     """Sum up one model's rows. ``images`` are the clean images (C,H,W) by index."""
     answers, rows = list(clean), list(rows)
@@ -230,6 +234,7 @@ def summarize_model(
         nearest={norm: _nearest(by_norm[norm]) for norm in norms},
         certificates=tuple(certificates),
         doubts=tuple(doubts),
+        probed=probed,
         labels=labels,
     )
 
