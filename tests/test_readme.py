@@ -77,7 +77,7 @@ def test_make_quickstart(folder: Path) -> None:
     assert "300 test images" in shown and "prototype-abs" in shown and "the first 2 of them, attacked" in shown
     assert (folder / "quickstart" / "index.html").stat().st_size > 100_000
     (report,) = folder.glob("quickstart/run-mnist-*/report.html")
-    assert "madry" in report.read_text(encoding="utf-8")
+    assert "Madry et al." in report.read_text(encoding="utf-8")
 
 
 def test_make_test_on_one_file(folder: Path) -> None:

@@ -23,9 +23,9 @@ def quickstart(
     root: Root = None,
     json: Json = False,
 ) -> None:
-    """See it work: every model on digits and on noise, four of them under attack.
+    """See it work: every model on digits and on noise.
 
-    Writes a page that shows how ABS explains an image, and the report of the attacks.
+    Attacks four of them, and writes a page that shows how ABS explains an image, and the report of the attacks.
     """
     note("loading")
     with kept(f"what was trained is kept in {out}; the same command goes on from there"):
