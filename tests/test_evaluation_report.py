@@ -103,7 +103,7 @@ def test_the_markdown_has_the_tables(reported: Path) -> None:
     cell = summarize(reported)["abs"].norms["linf"].all
     assert f"{number(cell.median)} · {percent(cell.accuracy)}" in text
     assert "| all attacks |" in text and "[2.24 · 80 %]" in text and "## Warnings" in text
-    assert "Not looked for: ABS, my <model> & co." in text  # no probes in these runs
+    assert "Not looked for: ABS, my <model> & co. `absynth evaluate`" in text  # no probes in these runs
 
 
 def test_reports_go_where_they_are_sent(reported: Path, tmp_path: Path) -> None:

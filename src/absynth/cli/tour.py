@@ -58,6 +58,8 @@ def quickstart(
     print(f"{tour.images} test images of {tour.dataset}; sure: median of the largest probability")
     table(columns, rows, right=columns[1:])
     if tour.attacked is not None:
-        print(f"the first {attacked} of them, attacked; all attacks and adversarials: {tour.report}")
+        # a run that went on from an earlier quickstart may hold more images than were asked for now
+        count = max((cell.all.images for one in tour.attacked.models for cell in one.norms.values()), default=0)
+        print(f"the first {count} test images, attacked; all attacks and adversarials: {tour.report}")
         show_attacked(tour.attacked)
     print(f"how ABS explains an image: {tour.page}")

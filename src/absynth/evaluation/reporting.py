@@ -180,7 +180,7 @@ def render_markdown(summary: Summary) -> str:
     lines += ["", "## Warnings", ""]
     lines += [f"- {name}, {doubt.subject}: {doubt.message}" for name, doubt in doubts]
     if unasked := _unasked(summary):
-        lines += [f"Not looked for: {unasked}."]
+        lines += [f"Not looked for: {unasked}. `absynth evaluate` looks for them."]
     return "\n".join(lines if lines[-1] else [*lines, "None."]) + "\n"
 
 
@@ -335,17 +335,19 @@ def _ordered(summary: Summary) -> Summary:
 def _images(folders: Sequence[str | Path]) -> tuple[dict[int, tuple[Tensor, int]], dict[str, str]]:
     """Clean images by index, and attacks by name."""
     images: dict[int, tuple[Tensor, int]] = {}
-    parameters: dict[str, str] = {}
+    parameters: dict[str, list[str]] = {}  # several where an attack was refined for some of the models
     digests = set()
     for folder in ledger_folders(folders):
         with Ledger(folder) as ledger:
             images.update(ledger.images())
             digests.add(ledger.facts().get("data_digest"))
             for record in ledger.attacks().values():
-                parameters.setdefault(record.name, record.attack)
+                given = parameters.setdefault(record.name, [])
+                if record.attack not in given:
+                    given.append(record.attack)
     if len(digests) > 1:
         raise InputError(f"{', '.join(map(str, folders))} are about different data: report on one data set at a time")
-    return images, dict(sorted(parameters.items()))
+    return images, {name: "; ".join(given) for name, given in sorted(parameters.items())}
 
 
 def _distal(folders: Sequence[str | Path]) -> list[Mapping[str, Any]]:
