@@ -4,7 +4,7 @@ repeat."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from absynth.attacks.base import Attack, Problem, Proposals, followed, per_image
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.projection import onto_halfspace
-from absynth.attacks.search import Best, clean_to, first_on_path, starting_points, toward_clean
+from absynth.attacks.queries import can_follow
+from absynth.attacks.search import Best, clean_to, first_on_path, toward_clean
 from absynth.norms import L0, Norm
 
 FARTHER = (1.0, 1.01, 1.03, 1.1, 1.3)  # of the way from the clean image
@@ -29,8 +30,8 @@ class BoundaryProjection(Attack):
     halves the way. Of the ``candidates`` likeliest rivals, the ``targets`` whose linearized boundaries are nearest have
     a run each; a run that lags ``behind`` times the image's best after half of the steps, or that has stopped
     improving, is ended. A classifier that searches starts from what it found for a run's last image; what came of it is
-    asked again, cold. Needs no step size. Works for L0 too, where the projection uses up pixels in the order of their
-    gain. Images on which nothing is found are tried again by greedy flips in L0, then by noise, brought close.
+    asked again, cold, and an image of which nothing came is searched cold. Needs no step size. Works for L0 too, where
+    the projection uses up pixels in the order of their gain; images on which it finds nothing get greedy flips.
 
     Source: this project; close to FAB (Croce & Hein 2020, arXiv 1907.02044), which mixes in a projection of the current
     image.
@@ -53,9 +54,18 @@ class BoundaryProjection(Attack):
     queries = "about 50 gradients, 15 predictions"
 
     def search(self, problem: Problem) -> Proposals:
+        nearest = self._approach(problem, followed)
+        if can_follow(problem.classifier):
+            nearest = _or_else(problem, nearest, self._approach)
+        if self.norm == L0:
+            return take_back(problem, _or_else(problem, nearest, greedy_flips))
+        return toward_clean(problem, nearest, self.bisections)
+
+    def _approach(self, problem: Problem, asked: Callable[[Problem], Problem] = lambda cold: cold) -> Proposals:
+        """The projections, iterated, on the problem as ``asked``; what was found there holds for ``problem``."""
         owner, rivals = self._runs(problem)  # (R,), (R,): R runs, several an image
         cold = problem.rows(owner)
-        runs = followed(cold)
+        runs = asked(cold)
         best = Best(runs)
         x = runs.images.clone()
         # The share of the way from the best adversarial to the projection: 1, halved where a step did not improve.
@@ -86,11 +96,7 @@ class BoundaryProjection(Attack):
             best.update(todo, x[todo], runs.rows(todo).met(x[todo]))
         if runs is not cold:
             best = _confirmed(cold, best)
-        nearest = _nearest_run(problem, best, owner)
-        if self.norm == L0:
-            nearest = _or_else(problem, nearest, greedy_flips)
-        nearest = _or_else(problem, nearest, _noise)
-        return take_back(problem, nearest) if self.norm == L0 else toward_clean(problem, nearest, self.bisections)
+        return _nearest_run(problem, best, owner)
 
     def _runs(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The image (R,) and the rival class (R,) of every run; with a target the rival is found anew at each step."""
@@ -159,31 +165,26 @@ def _or_else(problem: Problem, proposals: Proposals, search: Callable[[Problem],
     return Proposals(images, found)
 
 
-def _noise(problem: Problem) -> Proposals:
-    """Noise that is adversarial, the same whatever the seeds: far, but a beginning for what follows."""
-    return starting_points(replace(problem, seeds=torch.zeros_like(problem.seeds)))
-
-
 def greedy_flips(problem: Problem, most: int = 100) -> Proposals:
     """One pixel after the other set to black or white, the one that helps most by the gradient at the image so far, at
-    most ``most`` of them (after JSMA, Papernot et al. 2016, arXiv 1511.07528)."""
+    most ``most`` of them; ends where none helps (after JSMA, Papernot et al. 2016, arXiv 1511.07528)."""
     best, x = Best(problem), problem.images.clone()
     free = torch.ones_like(x[:, 0].flatten(1), dtype=torch.bool)  # (B,H*W)
     todo = torch.arange(len(x), device=x.device)
     for _ in range(most):
-        part = problem.rows(todo)
-        margin, gradient = part.margin_and_gradient(x[todo])
+        margin, gradient = problem.rows(todo).margin_and_gradient(x[todo])
         best.update(todo, x[todo], margin <= 0)
-        going = margin > 0
-        todo, gradient = todo[going], gradient[going].flatten(2)  # (n,C,H*W)
+        gradient, flat = gradient.flatten(2), x[todo].flatten(2)  # (n,C,H*W)
+        flipped = torch.where(gradient > 0, 0.0, 1.0).to(flat)
+        gain = (gradient * (flat - flipped)).sum(1).masked_fill(~free[todo], 0.0)  # (n,H*W): of the margin's fall
+        largest, pixel = gain.max(1)
+        going = ((margin > 0) & (largest > 0)).nonzero()[:, 0]
+        todo, pixel = todo[going], pixel[going]
         if not len(todo):
             break
-        flat = x[todo].flatten(2)
-        flipped = torch.where(gradient > 0, 0.0, 1.0).to(flat)
-        gain = (gradient * (flat - flipped)).sum(1)  # (n,H*W): by how much the margin falls
-        pixel = gain.masked_fill(~free[todo], -torch.inf).argmax(1)
+        flat = flat[going]
         rows = torch.arange(len(todo), device=x.device)
-        flat[rows, :, pixel] = flipped[rows, :, pixel]
+        flat[rows, :, pixel] = flipped[going, :, pixel]
         free[todo, pixel] = False
         x[todo] = flat.view_as(x[todo])
     return best.proposals()
