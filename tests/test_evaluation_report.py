@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 import evaluation_models as models
+from absynth.attacks.binary import Thresholded
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.gradient import DeepFool
 from absynth.errors import InputError
 from absynth.evaluation import Certificate, Ledger, distal, evaluate, load_distal, report, save_distal, summarize
 from absynth.evaluation.figures import curve, to_svg
 from absynth.evaluation.paper import MODELS, paper_attacks, published, published_clean, published_curve
-from absynth.evaluation.reporting import number, percent
+from absynth.evaluation.tables import number, percent
 from absynth.norms import L0, L2, LINF
 
 SUITE = (BoundaryProjection(L2), DeepFool(L2), BoundaryProjection(LINF), BoundaryProjection(L0))
@@ -154,6 +156,15 @@ def test_figures_have_the_color_of_the_page(reported: Path) -> None:
     svg = to_svg(accuracy_curves(summarize(reported).models, "l2"), "curves")
     assert svg.startswith('<svg role="img" aria-label="curves"') and "currentColor" in svg and "#0a0b0c" not in svg
     assert svg == to_svg(accuracy_curves(summarize(reported).models, "l2"), "curves")
+
+
+def test_the_page_names_every_form_of_an_attack(tmp_path: Path) -> None:
+    net = models.Linear()
+    plain = BoundaryProjection(L2, steps=3)
+    for name, attack in (("abs", plain), ("binary-abs", Thresholded(plain, 0.5))):
+        evaluate(net, models.labeled(net), suite=[attack], images=2, out=tmp_path / name, name=name, probe=False)
+    text = html.unescape((report(tmp_path).html).read_text(encoding="utf-8"))
+    assert f"<code>{plain!r}; {Thresholded(plain, 0.5)!r}</code>" in text
 
 
 # Distal images

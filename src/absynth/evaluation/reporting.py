@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from torch import Tensor
 
 from absynth import __version__
@@ -19,12 +19,20 @@ from absynth.errors import InputError
 from absynth.evaluation import figures, paper
 from absynth.evaluation.distal import load_distal
 from absynth.evaluation.ledger import Ledger, ledger_folders
-from absynth.evaluation.statistics import Interval, median, wilson_interval
-from absynth.evaluation.summary import THRESHOLDS, Cell, ModelSummary, Summary, summarize
-
-#: The order of norms in a report.
-ORDER = ("l2", "linf", "l0", "l1")
-NORM_TITLES = {"l0": "L0", "l1": "L1", "l2": "L2", "linf": "L∞"}
+from absynth.evaluation.statistics import wilson_interval
+from absynth.evaluation.summary import THRESHOLDS, Summary, summarize
+from absynth.evaluation.tables import (
+    NORM_TITLES,
+    attack_table,
+    cell_html,
+    cell_text,
+    certificate_rows,
+    cost,
+    markdown_table,
+    norms_of,
+    overview,
+    wins,
+)
 
 
 @dataclass(frozen=True)
@@ -34,15 +42,6 @@ class Report:
     html: Path
     csv: Path
     markdown: Path
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A cell of a table: the value, its interval below it, the published value below that; each may be empty."""
-
-    value: str = "–"
-    interval: str = ""
-    published: str = ""
 
 
 def report(*folders: str | Path, out: str | Path | None = None) -> Report:
@@ -80,8 +79,8 @@ def render_html(
 ) -> str:
     """The page. ``images`` are the clean images (C,H,W) and labels by index, ``parameters`` names the attacks by
     repr."""
-    norms = _norms(summary)
-    certificates = list(_certificate_rows(summary))
+    norms = norms_of(summary)
+    certificates = list(certificate_rows(summary))
     pictures = list(_pictures(summary, norms, images))
     distal_figures = [_embedded(figures.distal_figure(found)) for found in distal]
     contents = [
@@ -104,19 +103,19 @@ def render_html(
         title="Evaluation report",
         lead=lead.replace("1 models", "1 model"),
         contents=contents,
-        cell=_cell_html,
+        cell=cell_html,
         norms=[{"title": NORM_TITLES[norm]} for norm in norms],
         thresholds=", ".join(f"{NORM_TITLES[norm]} {THRESHOLDS[norm]:g}" for norm in norms),
-        overview=[_overview(model, norms) for model in summary.models],
+        overview=[overview(model, norms) for model in summary.models],
         warnings=[(figures.display_name(model.name), model.doubts) for model in summary.models if model.doubts],
         unasked=_unasked(summary),
         curves=[_curves(summary, norm) for norm in norms],
-        tables=[_table(summary, norm) for norm in norms],
+        tables=[attack_table(summary, norm) for norm in norms],
         pictures=pictures,
         distal=distal_figures,
         certificates=certificates,
-        wins=_wins(summary, norms),
-        cost=_cost(summary, norms),
+        wins=wins(summary, norms),
+        cost=cost(summary, norms),
         digests=[(figures.display_name(model.name), model.digest) for model in summary.models],
         facts=[(key.replace("_", " "), value) for key, value in summary.facts.items()],
         parameters=list((parameters or {}).items()),
@@ -158,145 +157,38 @@ def render_csv(summary: Summary) -> str:
 
 def render_markdown(summary: Summary) -> str:
     """The tables as Markdown: median / accuracy with 95 % intervals, the paper's figures in brackets."""
-    norms = _norms(summary)
+    norms = norms_of(summary)
     lines = ["# Evaluation report", ""]
     head = ["model", "images", "clean accuracy", *(NORM_TITLES[norm] for norm in norms), "union"]
     rows = []
     for model in summary.models:
-        view = _overview(model, norms)
+        view = overview(model, norms)
         cells = [view["clean"], *view["norms"], view["union"]]
-        rows.append([view["model"], str(view["images"]), *(_cell_text(cell) for cell in cells)])
-    lines += _markdown_table(head, rows)
+        rows.append([view["model"], str(view["images"]), *(cell_text(cell) for cell in cells)])
+    lines += markdown_table(head, rows)
     lines += [
         "",
         "Median distance · accuracy at the threshold; 95 % intervals in parentheses; the paper's figures in brackets.",
     ]
     for norm in norms:
-        table = _table(summary, norm)
+        table = attack_table(summary, norm)
         lines += ["", f"## {table['title']}", ""]
-        body = [[row["attack"], *(_cell_text(cell) for cell in row["cells"])] for row in table["rows"]]
-        lines += _markdown_table(["attack", *table["models"]], body)
+        body = [[row["attack"], *(cell_text(cell) for cell in row["cells"])] for row in table["rows"]]
+        lines += markdown_table(["attack", *table["models"]], body)
     doubts = [(figures.display_name(model.name), doubt) for model in summary.models for doubt in model.doubts]
     lines += ["", "## Warnings", ""]
     lines += [f"- {name}, {doubt.subject}: {doubt.message}" for name, doubt in doubts]
-    if unasked := _unasked(summary):
-        lines += [f"Not looked for: {unasked}. `absynth evaluate` looks for them."]
-    return "\n".join(lines if lines[-1] else [*lines, "None."]) + "\n"
+    unasked = _unasked(summary)
+    if unasked:
+        lines += ["", f"Not looked for: {unasked}. `absynth evaluate` looks for them."]
+    elif not doubts:
+        lines += ["None."]
+    return "\n".join(lines) + "\n"
 
 
 def _unasked(summary: Summary) -> str:
     """The models that the evaluation did not put its questions to, attacked ones only."""
     return ", ".join(figures.display_name(model.name) for model in summary.models if model.norms and not model.probed)
-
-
-# Tables
-
-
-def _overview(model: ModelSummary, norms: Sequence[str]) -> dict[str, Any]:
-    right, count = sum(model.clean.values()), len(model.clean)
-    published = paper.published_clean(model.name)
-    clean = Entry(
-        percent(model.clean_accuracy, 1),
-        _percents(wilson_interval(right, count)),
-        "" if published is None else percent(published, 1),
-    )
-    union = Entry()
-    if model.union:
-        alive = sum(model.union.values())
-        union = Entry(percent(alive / len(model.union)), _percents(wilson_interval(alive, len(model.union))))
-    cells = [
-        _entry(model.norms[norm].all, paper.published(model.name, norm)) if norm in model.norms else Entry()
-        for norm in norms
-    ]
-    return {"model": figures.display_name(model.name), "images": count, "clean": clean, "norms": cells, "union": union}
-
-
-def _table(summary: Summary, norm: str) -> dict[str, Any]:
-    """The paper's Table 1 for one norm: a row an attack, a column a model, all attacks together in the last row."""
-    models = [model for model in summary.models if norm in model.norms]
-    rows = []
-    for attack in _attacks(models, norm):
-        cells = []
-        for model in models:
-            published = paper.published(model.name, norm, attack)
-            cell = model.norms[norm].attacks.get(attack)
-            cells.append(
-                Entry(published="" if published is None else _published(published))
-                if cell is None
-                else _entry(cell, published)
-            )
-        rows.append({"attack": _attack_name(attack, norm), "cells": cells, "total": False})
-    total = [_entry(model.norms[norm].all, paper.published(model.name, norm)) for model in models]
-    rows.append({"attack": "all attacks", "cells": total, "total": True})
-    threshold = f"{NORM_TITLES[norm]} {THRESHOLDS[norm]:g}"
-    return {
-        "title": f"{NORM_TITLES[norm]}: median distance · accuracy at {THRESHOLDS[norm]:g}",
-        "models": [figures.display_name(model.name) for model in models],
-        "rows": rows,
-        "caption": f"Median distance · accuracy at {threshold}; below, 95 % intervals; italic, the paper's figures.",
-    }
-
-
-def _entry(cell: Cell, published: paper.Published | None) -> Entry:
-    if not cell.images:
-        return Entry("error")
-    value = f"{number(cell.median)} · {percent(cell.accuracy)}"
-    low, high = cell.median_interval
-    interval = f"{number(low)}–{number(high)} · {_percents(cell.accuracy_interval)}"
-    return Entry(value, interval, "" if published is None else _published(published))
-
-
-def _published(cell: paper.Published) -> str:
-    return f"{number(cell.median)} · {percent(cell.accuracy)}"
-
-
-def _wins(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
-    rows = []
-    for norm in norms:
-        models = summary.models
-        for attack in _attacks([model for model in models if norm in model.norms], norm):
-            cells = []
-            for model in models:
-                cell = model.norms[norm].attacks.get(attack) if norm in model.norms else None
-                share = 0.0 if cell is None or not cell.images else cell.wins / cell.images
-                cells.append((share, "" if cell is None else f"{cell.wins:.3g}"))
-            rows.append({"attack": attack, "cells": cells})
-    return {"models": [figures.display_name(model.name) for model in summary.models], "rows": rows}
-
-
-def _cost(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
-    rows = []
-    for norm in norms:
-        for attack in _attacks([model for model in summary.models if norm in model.norms], norm):
-            cells = []
-            for model in summary.models:
-                cell = model.norms[norm].attacks.get(attack) if norm in model.norms else None
-                queries = "" if cell is None else f"{cell.forward:,.0f} + {cell.backward:,.0f}"
-                cells.append(Entry("" if cell is None else queries, "" if cell is None else f"{cell.seconds:.2g} s"))
-            rows.append({"attack": attack, "cells": cells})
-    return {"models": [figures.display_name(model.name) for model in summary.models], "rows": rows}
-
-
-def _certificate_rows(summary: Summary) -> Iterable[dict[str, Any]]:
-    for model in summary.models:
-        groups: dict[tuple[str, str, str], list[float]] = {}
-        for certificate in model.certificates:
-            key = certificate.norm, certificate.method, certificate.kind
-            groups.setdefault(key, []).append(certificate.radius)
-        for (norm, method, kind), radii in groups.items():
-            # The guarantee is for distances below the radius, and a distance equal to the threshold breaks an image.
-            certified = sum(radius > THRESHOLDS[norm] for radius in radii)
-            interval = _percents(wilson_interval(certified, len(radii)))
-            yield {
-                "model": figures.display_name(model.name),
-                "norm": NORM_TITLES[norm],
-                "method": method,
-                "kind": kind,
-                "images": len(radii),
-                "mean": number(sum(radii) / len(radii)),
-                "median": number(median(radii)),
-                "accuracy": f"{percent(certified / len(radii))} ({interval})",
-            }
 
 
 # Figures
@@ -355,40 +247,6 @@ def _distal(folders: Sequence[str | Path]) -> list[Mapping[str, Any]]:
     return [found for place in places if (found := load_distal(place))]
 
 
-def _norms(summary: Summary) -> list[str]:
-    return [norm for norm in ORDER if any(norm in model.norms for model in summary.models)]
-
-
-def _attacks(models: Sequence[ModelSummary], norm: str) -> list[str]:
-    """The attacks of the paper in its order, then the others by name."""
-    present = {attack for model in models for attack in model.norms[norm].attacks}
-    known = [attack for attack in paper.paper_attacks(norm) if attack in present]
-    return known + sorted(present - set(known))
-
-
-def _attack_name(attack: str, norm: str) -> str:
-    return attack.removesuffix(f"-{norm}")
-
-
-# Text
-
-
-def number(value: float) -> str:
-    """Three significant digits; ∞ for infinity, an en dash for NaN."""
-    if math.isnan(value):
-        return "–"
-    return "∞" if math.isinf(value) else f"{value:.3g}"
-
-
-def percent(share: float, digits: int = 0) -> str:
-    """A share as a percentage."""
-    return "–" if math.isnan(share) else f"{100 * share:.{digits}f} %"
-
-
-def _percents(interval: Interval) -> str:
-    return f"{100 * interval[0]:.0f}–{100 * interval[1]:.0f} %"
-
-
 def _range(counts: Sequence[int]) -> str:
     low, high = min(counts, default=0), max(counts, default=0)
     return str(low) if low == high else f"{low} to {high}"
@@ -397,22 +255,3 @@ def _range(counts: Sequence[int]) -> str:
 def _listed(norms: Sequence[str]) -> str:
     names = [NORM_TITLES[norm] for norm in norms]
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names) or "no norm"
-
-
-def _cell_html(entry: Entry) -> Markup:
-    parts = [escape(entry.value)]
-    if entry.interval:
-        parts.append(Markup('<span class="range">{}</span>').format(entry.interval))
-    if entry.published:
-        parts.append(Markup('<span class="paper">{}</span>').format(entry.published))
-    return Markup("").join(parts)
-
-
-def _cell_text(entry: Entry) -> str:
-    interval = f" ({entry.interval})" if entry.interval else ""
-    return f"{entry.value}{interval}" + (f" [{entry.published}]" if entry.published else "")
-
-
-def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]

@@ -1,0 +1,195 @@
+"""The tables of a report: what stands in each cell, and how it is written in HTML and in Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from absynth.evaluation import figures, paper
+from absynth.evaluation.statistics import Interval, median, wilson_interval
+from absynth.evaluation.summary import THRESHOLDS, Cell, ModelSummary, Summary
+
+#: The order of norms in a report.
+ORDER = ("l2", "linf", "l0", "l1")
+NORM_TITLES = {"l0": "L0", "l1": "L1", "l2": "L2", "linf": "L∞"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell of a table: the value, its interval below it, the published value below that; each may be empty."""
+
+    value: str = "–"
+    interval: str = ""
+    published: str = ""
+
+
+def norms_of(summary: Summary) -> list[str]:
+    """The norms of a summary, in the order of ``ORDER``."""
+    return [norm for norm in ORDER if any(norm in model.norms for model in summary.models)]
+
+
+def _attacks(models: Sequence[ModelSummary], norm: str) -> list[str]:
+    """The attacks of the paper in its order, then the others by name."""
+    present = {attack for model in models for attack in model.norms[norm].attacks}
+    known = [attack for attack in paper.paper_attacks(norm) if attack in present]
+    return known + sorted(present - set(known))
+
+
+def _attack_name(attack: str, norm: str) -> str:
+    return attack.removesuffix(f"-{norm}")
+
+
+def overview(model: ModelSummary, norms: Sequence[str]) -> dict[str, Any]:
+    """One row of the first table: clean accuracy, every norm with all attacks together, and the union of the balls."""
+    right, count = sum(model.clean.values()), len(model.clean)
+    published = paper.published_clean(model.name)
+    clean = Entry(
+        percent(model.clean_accuracy, 1),
+        _percents(wilson_interval(right, count)),
+        "" if published is None else percent(published, 1),
+    )
+    union = Entry()
+    if model.union:
+        alive = sum(model.union.values())
+        union = Entry(percent(alive / len(model.union)), _percents(wilson_interval(alive, len(model.union))))
+    cells = [
+        _entry(model.norms[norm].all, paper.published(model.name, norm)) if norm in model.norms else Entry()
+        for norm in norms
+    ]
+    return {"model": figures.display_name(model.name), "images": count, "clean": clean, "norms": cells, "union": union}
+
+
+def attack_table(summary: Summary, norm: str) -> dict[str, Any]:
+    """The paper's Table 1 for one norm: a row an attack, a column a model, all attacks together in the last row."""
+    models = [model for model in summary.models if norm in model.norms]
+    rows = []
+    for attack in _attacks(models, norm):
+        cells = []
+        for model in models:
+            published = paper.published(model.name, norm, attack)
+            cell = model.norms[norm].attacks.get(attack)
+            cells.append(
+                Entry(published="" if published is None else _published(published))
+                if cell is None
+                else _entry(cell, published)
+            )
+        rows.append({"attack": _attack_name(attack, norm), "cells": cells, "total": False})
+    total = [_entry(model.norms[norm].all, paper.published(model.name, norm)) for model in models]
+    rows.append({"attack": "all attacks", "cells": total, "total": True})
+    threshold = f"{NORM_TITLES[norm]} {THRESHOLDS[norm]:g}"
+    return {
+        "title": f"{NORM_TITLES[norm]}: median distance · accuracy at {THRESHOLDS[norm]:g}",
+        "models": [figures.display_name(model.name) for model in models],
+        "rows": rows,
+        "caption": f"Median distance · accuracy at {threshold}; below, 95 % intervals; italic, the paper's figures.",
+    }
+
+
+def _entry(cell: Cell, published: paper.Published | None) -> Entry:
+    if not cell.images:
+        return Entry("error")
+    value = f"{number(cell.median)} · {percent(cell.accuracy)}"
+    low, high = cell.median_interval
+    interval = f"{number(low)}–{number(high)} · {_percents(cell.accuracy_interval)}"
+    return Entry(value, interval, "" if published is None else _published(published))
+
+
+def _published(cell: paper.Published) -> str:
+    return f"{number(cell.median)} · {percent(cell.accuracy)}"
+
+
+def wins(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
+    """Which attack came nearest on how many images of each model."""
+    rows = []
+    for norm in norms:
+        models = summary.models
+        for attack in _attacks([model for model in models if norm in model.norms], norm):
+            cells = []
+            for model in models:
+                cell = model.norms[norm].attacks.get(attack) if norm in model.norms else None
+                share = 0.0 if cell is None or not cell.images else cell.wins / cell.images
+                cells.append((share, "" if cell is None else f"{cell.wins:.3g}"))
+            rows.append({"attack": attack, "cells": cells})
+    return {"models": [figures.display_name(model.name) for model in summary.models], "rows": rows}
+
+
+def cost(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
+    """Queries (forward + backward) and seconds an image of each attack and model."""
+    rows = []
+    for norm in norms:
+        for attack in _attacks([model for model in summary.models if norm in model.norms], norm):
+            cells = []
+            for model in summary.models:
+                cell = model.norms[norm].attacks.get(attack) if norm in model.norms else None
+                queries = "" if cell is None else f"{cell.forward:,.0f} + {cell.backward:,.0f}"
+                cells.append(Entry("" if cell is None else queries, "" if cell is None else f"{cell.seconds:.2g} s"))
+            rows.append({"attack": attack, "cells": cells})
+    return {"models": [figures.display_name(model.name) for model in summary.models], "rows": rows}
+
+
+def certificate_rows(summary: Summary) -> Iterable[dict[str, Any]]:
+    """Radii and certified accuracy of each model, norm, method and kind."""
+    for model in summary.models:
+        groups: dict[tuple[str, str, str], list[float]] = {}
+        for certificate in model.certificates:
+            key = certificate.norm, certificate.method, certificate.kind
+            groups.setdefault(key, []).append(certificate.radius)
+        for (norm, method, kind), radii in groups.items():
+            # The guarantee is for distances below the radius, and a distance equal to the threshold breaks an image.
+            certified = sum(radius > THRESHOLDS[norm] for radius in radii)
+            interval = _percents(wilson_interval(certified, len(radii)))
+            yield {
+                "model": figures.display_name(model.name),
+                "norm": NORM_TITLES[norm],
+                "method": method,
+                "kind": kind,
+                "images": len(radii),
+                "mean": number(sum(radii) / len(radii)),
+                "median": number(median(radii)),
+                "accuracy": f"{percent(certified / len(radii))} ({interval})",
+            }
+
+
+# Text
+
+
+def number(value: float) -> str:
+    """Three significant digits; ∞ for infinity, an en dash for NaN."""
+    if math.isnan(value):
+        return "–"
+    return "∞" if math.isinf(value) else f"{value:.3g}"
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share as a percentage."""
+    return "–" if math.isnan(share) else f"{100 * share:.{digits}f} %"
+
+
+def _percents(interval: Interval) -> str:
+    return f"{100 * interval[0]:.0f}–{100 * interval[1]:.0f} %"
+
+
+def cell_html(entry: Entry) -> Markup:
+    """An entry as HTML."""
+    parts = [escape(entry.value)]
+    if entry.interval:
+        parts.append(Markup('<span class="range">{}</span>').format(entry.interval))
+    if entry.published:
+        parts.append(Markup('<span class="paper">{}</span>').format(entry.published))
+    return Markup("").join(parts)
+
+
+def cell_text(entry: Entry) -> str:
+    """An entry on one line."""
+    interval = f" ({entry.interval})" if entry.interval else ""
+    return f"{entry.value}{interval}" + (f" [{entry.published}]" if entry.published else "")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
