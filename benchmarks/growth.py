@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from absynth.analysis import DEFAULT, prior_candidates
+from absynth.analysis import DEFAULT
+from absynth.candidates import prior_candidates
 from absynth.classifiers import ABS
 from absynth.vae import Decoder, VAEConfig
 

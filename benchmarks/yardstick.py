@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from absynth.analysis import prior_candidates
+from absynth.candidates import prior_candidates
 
 
 class Yardstick(nn.Module):

@@ -64,7 +64,7 @@ def candidate_energies(decoder: Decoder, latents: Tensor, images: Tensor) -> Ten
     """The energy (B,) that each image (B,C,S,S) has at the best of these latents (M,D); beta is 1."""
     starts = Starts.of(FoldedDecoder(decoder), latents, 1.0)
     blocks = to_blocks(images)
-    return starts.step(blocks, starts.best(blocks))[0]
+    return starts.step(blocks, starts.candidates.best(blocks, None))[0]
 
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:

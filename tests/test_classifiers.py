@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from absynth.analysis import PAPER, Candidates, Schedule, _bfgs, analyze, prior_candidates, without_giving_up
+from absynth.analysis import PAPER, Schedule, _bfgs, analyze, without_giving_up
+from absynth.candidates import Candidates, prior_candidates
 from absynth.classifiers import ABS
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.errors import InputError

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from absynth import data
-from absynth.analysis import Candidates, Schedule, analyze
+from absynth.analysis import Schedule, analyze
+from absynth.candidates import Candidates
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.errors import InputError
 from absynth.responses import Threshold

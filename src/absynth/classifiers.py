@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from absynth.analysis import DEFAULT, FOLLOWING, Candidates, Found, Schedule, analyze, join
+from absynth.analysis import DEFAULT, FOLLOWING, Found, Schedule, analyze, join
+from absynth.candidates import Candidates
 from absynth.checks import check_images
 from absynth.decoding import FoldedDecoder, from_blocks, to_blocks
 from absynth.errors import InputError

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from absynth import __version__, data
-from absynth.analysis import prior_candidates
 from absynth.baselines import CNN, Binarized, MadryCNN, NearestNeighbor
+from absynth.candidates import prior_candidates
 from absynth.classifiers import ABS
 from absynth.errors import InputError, unknown_name
 from absynth.prototypes import PrototypeABS, SaturatingPrototypeABS

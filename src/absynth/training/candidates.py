@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from absynth.analysis import prior_candidates
+from absynth.candidates import prior_candidates
 from absynth.training.explanations import explanations
 from absynth.vae import Decoder, VAEConfig
 

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from absynth.candidates import Candidates, matrix_vector
 from absynth.data import digest
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.training.augment import Augmentation, augment
@@ -97,10 +98,9 @@ def moved(
 
 @dataclass(frozen=True)
 class Starts:
-    """The candidates of one class, with all that a Newton step from them takes."""
+    """The candidates of one class, with all that a Newton step from each of them takes."""
 
-    latents: Tensor  # (M,D)
-    points: Tensor  # (M,N): their images, in block order
+    candidates: Candidates
     jacobians: Tensor  # (M,D,N)
     inverses: Tensor  # (M,D,D): (J'J + beta/2 I)^-1
     beta: float
@@ -108,34 +108,19 @@ class Starts:
     @classmethod
     @torch.no_grad()
     def of(cls, folded: FoldedDecoder, latents: Tensor, beta: float) -> Starts:
-        points, jacobians, inverses = [], [], []
+        jacobians = torch.cat([folded.tangents(folded.activations(chunk)) for chunk in latents.split(32)])
         damping = beta / 2 * torch.eye(latents.shape[1])
-        for chunk in latents.split(32):
-            activations = folded.activations(chunk)
-            jacobian = folded.tangents(activations)
-            points.append(activations.images)
-            jacobians.append(jacobian)
-            inverses.append(torch.linalg.inv(jacobian @ jacobian.mT + damping))
-        return cls(latents, torch.cat(points), torch.cat(jacobians), torch.cat(inverses), beta)
-
-    def best(self, blocks: Tensor) -> Tensor:
-        """Images (B,N) in block order -> the index (B,) of the candidate with the lowest energy for each."""
-        offsets = self.points.square().sum(1) / 2 + self.beta / 4 * self.latents.square().sum(1)
-        return torch.addmm(offsets, blocks, self.points.T, alpha=-1).argmin(1)
+        inverses = torch.linalg.inv(jacobians @ jacobians.mT + damping)
+        return cls(Candidates(folded, latents, beta), jacobians, inverses, beta)
 
     def step(self, blocks: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the ``chosen`` candidates (B,) of images (B,N): their energies (B,), the Newton step (B,D), and the
         energy (B,) that it promises."""
-        residual, latents = blocks - self.points[chosen], self.latents[chosen]
+        residual, latents = blocks - self.candidates.points[chosen], self.candidates.latents[chosen]
         energies = residual.square().sum(1) + self.beta / 2 * latents.square().sum(1)
-        descent = _product(self.jacobians[chosen], residual) - self.beta / 2 * latents  # minus half the gradient
-        newton = _product(self.inverses[chosen], descent)
+        descent = matrix_vector(self.jacobians[chosen], residual) - self.beta / 2 * latents  # minus half the gradient
+        newton = matrix_vector(self.inverses[chosen], descent)
         return energies, newton, energies - (newton * descent).sum(1)
-
-
-def _product(matrices: Tensor, vectors: Tensor) -> Tensor:
-    """(B,R,C), (B,C) -> (B,R)."""
-    return (matrices @ vectors[:, :, None])[:, :, 0]
 
 
 @torch.no_grad()
@@ -144,7 +129,7 @@ def promised(starts: Starts, images: Tensor) -> tuple[Tensor, Tensor]:
     energies, found = [], []
     for part in images.split(256):
         blocks = to_blocks(part)
-        chosen = starts.best(blocks)
+        chosen = starts.candidates.best(blocks, None)
         energies.append(starts.step(blocks, chosen)[2])
         found.append(chosen)
     return torch.cat(energies), torch.cat(found)
@@ -167,7 +152,7 @@ def settle(folded: FoldedDecoder, starts: Starts, pairs: Pairs, images: Tensor, 
     """Newton steps of the latents, in place. One that raises the energy is taken back, and the next one is shorter."""
     for rows in torch.arange(len(pairs.images)).split(64):
         targets, chosen = to_blocks(images[pairs.images[rows]]), pairs.starts[rows]
-        best, rate = starts.latents[chosen], torch.ones(len(rows))
+        best, rate = starts.candidates.latents[chosen], torch.ones(len(rows))
         lowest, newton, _ = starts.step(targets, chosen)
         for step in range(config.settling):
             trial = best + rate[:, None] * newton
@@ -179,7 +164,7 @@ def settle(folded: FoldedDecoder, starts: Starts, pairs: Pairs, images: Tensor, 
             lowest = torch.where(better, energies, lowest)
             if step + 1 < config.settling:
                 descent = folded.pullback(activations, residual) - starts.beta / 2 * trial
-                newton = torch.where(better[:, None], _product(starts.inverses[chosen], descent), newton)
+                newton = torch.where(better[:, None], matrix_vector(starts.inverses[chosen], descent), newton)
                 rate = torch.where(better, rate, rate * 0.3)
         pairs.latents[rows], pairs.energies[rows] = best, lowest
 
@@ -343,7 +328,7 @@ def _settle(
         images=rows,
         own=torch.from_numpy(own)[rows],
         starts=torch.from_numpy(chosen)[rows],
-        latents=nothing[:, None].repeat(1, starts.latents.shape[1]),
+        latents=nothing[:, None].repeat(1, starts.candidates.latents.shape[1]),
         energies=nothing.clone(),
         others=nothing,
     )

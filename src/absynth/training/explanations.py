@@ -79,6 +79,6 @@ def _explain(weights: dict[str, Any], candidates: Any, pixels: Any, sizes: VAECo
     starts = Starts.of(folded, torch.from_numpy(candidates), beta)
     energies, chosen = promised(starts, images)
     everything, own = torch.arange(len(images)), torch.ones(len(images), dtype=torch.bool)
-    pairs = Pairs(everything, own, chosen, starts.latents[chosen], energies, energies)
+    pairs = Pairs(everything, own, chosen, starts.candidates.latents[chosen], energies, energies)
     settle(folded, starts, pairs, images, SETTLING)
     return pairs.latents.numpy()

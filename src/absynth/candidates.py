@@ -1,0 +1,80 @@
+"""Where the searches of a class start: its candidates, decoded once, and what is known of the energy around them.
+
+Shapes: B images, M candidates, D latents, N values of an image in block order (see ``absynth.decoding``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from absynth.decoding import FoldedDecoder
+
+ANCHORS = 16  # latents of a class where its curvature is known
+CAUTION = 0.2  # share of its diagonal added to a curvature before it is inverted: a step is rather short than long
+
+# Sizes that keep a chunk's activations in the cache (docs/performance.md).
+DECODE_CHUNK = 64
+REFINE_CHUNK = 48
+
+
+def prior_candidates(count: int = 8000, latent_size: int = 8, seed: int = 0, surplus: float = 1.111) -> Tensor:
+    """``count`` draws from N(0, I), (count,D): the densest of ``surplus`` times as many, as in the released code."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(round(count * surplus), latent_size, generator=generator)
+    return draws[draws.norm(dim=1).argsort()[:count]]
+
+
+class Candidates(nn.Module):
+    """A class's fixed starting points: latents (M,D), decoded once to points (M,N), with their offsets (M,).
+
+    At A of them, the anchors, the curvature of the energy is known: latents (A,D), ``inverses`` (A,D,D).
+    """
+
+    latents: Tensor
+    points: Tensor
+    offsets: Tensor
+    anchors: Tensor
+    inverses: Tensor
+
+    @torch.no_grad()
+    def __init__(self, decoder: FoldedDecoder, latents: Tensor, beta: float) -> None:
+        super().__init__()
+        points = torch.cat([decoder(chunk) for chunk in latents.split(DECODE_CHUNK)])
+        # half of what an energy has besides ||x||^2 - 2 x.p
+        offsets = points.double().square().sum(1) / 2 + beta / 4 * latents.double().square().sum(1)
+        self.register_buffer("latents", latents, persistent=False)
+        self.register_buffer("points", points, persistent=False)
+        self.register_buffer("offsets", offsets.float(), persistent=False)
+        anchors = latents[:: max(1, -(-len(latents) // ANCHORS))]
+        self.register_buffer("anchors", anchors, persistent=False)
+        self.register_buffer("inverses", inverse_curvature(decoder, anchors, beta), persistent=False)
+
+    def best(self, blocks: Tensor, count: int | None) -> Tensor:
+        """Images (B,N) -> the index (B,) of the best of the first ``count`` candidates of each."""
+        points, offsets = self.points[:count], self.offsets[:count]
+        scores = torch.addmm(offsets, blocks, points.T, alpha=-1)  # (B,M)
+        if scores.shape[1] < 2:
+            return torch.zeros(len(blocks), dtype=torch.int64, device=blocks.device)
+        # The product's rounding differs with the batch: compare the two best again, in an order that never changes.
+        pair = scores.topk(2, largest=False).indices.sort(dim=1).values  # (B,2)
+        exact = (blocks[:, None] - points[pair]).square().sum(2) / 2 + offsets[pair]
+        exact -= points[pair].square().sum(2) / 2
+        return pair.gather(1, exact.argmin(1, keepdim=True))[:, 0]
+
+
+@torch.no_grad()
+def inverse_curvature(decoder: FoldedDecoder, latents: Tensor, beta: float) -> Tensor:
+    """The inverse (P,D,D) of J'J + beta/2 I at latents (P,D), its diagonal enlarged by ``CAUTION``."""
+    found = []
+    for chunk in latents.split(REFINE_CHUNK):
+        jacobian = decoder.tangents(decoder.activations(chunk))  # (P,D,N)
+        curvature = jacobian @ jacobian.mT + beta / 2 * torch.eye(latents.shape[1], device=latents.device)
+        curvature.diagonal(dim1=1, dim2=2).mul_(1 + CAUTION).add_(1e-6)  # where no pixel answers and beta is 0
+        found.append(torch.linalg.inv(curvature))
+    return torch.cat(found)
+
+
+def matrix_vector(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """(P,D,D), (P,D) -> (P,D)."""
+    return (matrices @ vectors[:, :, None])[:, :, 0]
