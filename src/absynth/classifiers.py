@@ -198,7 +198,7 @@ class ABS(Calibrated):
                 beta=self.beta,
                 scales=self.scales,
                 label_only=label_only,
-                starts=starts and starts.rows(rows),
+                starts=None if starts is None else starts.rows(rows),
             )
 
         count = len(blocks)

@@ -52,10 +52,7 @@ class CountingClassifier:
     def __call__(self, images: Tensor) -> Tensor:
         """(n,C,H,W) -> logits (n,K), n the number of images of this view."""
         self._count(self.forward, images)
-        logits = self.classifier(images)
-        if logits.requires_grad:
-            logits.register_hook(lambda gradient: self._count(self.backward, gradient))
-        return logits
+        return self._watched(self.classifier(images))
 
     def analyze(self, images: Tensor) -> Any:
         """The inner classifier's analysis, counted as one forward query an image."""
@@ -76,9 +73,13 @@ class CountingClassifier:
         """The inner classifier's ``follow``, counted like any other question."""
         self._count(self.forward, images)
         logits, found = self.classifier.follow(images, before)  # type: ignore[attr-defined]
+        return self._watched(logits), found
+
+    def _watched(self, logits: Tensor) -> Tensor:
+        """The logits, whose gradient is counted when it is asked for."""
         if logits.requires_grad:
             logits.register_hook(lambda gradient: self._count(self.backward, gradient))
-        return logits, found
+        return logits
 
     def _count(self, counter: Tensor, batch: Tensor) -> None:
         if len(batch) != len(self.rows):
@@ -102,7 +103,7 @@ class Following:
 
     def __init__(self, classifier: Callable[[Tensor], Tensor], count: int) -> None:
         self.classifier, self.rows = classifier, torch.arange(count)
-        self.memory: dict[str, Any] = {}  # shared by all views: "found", of all images
+        self.memory: dict[str, Any] = {"count": count}  # shared by all views; later also "found", of all images
 
     def select(self, rows: Tensor) -> Following:
         """The view of the images ``rows`` (n,) of this view; none may come twice."""
@@ -113,8 +114,10 @@ class Following:
     def __call__(self, images: Tensor) -> Tensor:
         """(n,C,H,W) -> logits (n,K). The first question is about all images."""
         known = self.memory.get("found")
-        logits, found = self.classifier.follow(images, known and known.rows(self.rows))  # type: ignore[attr-defined]
+        before = None if known is None else known.rows(self.rows)
+        logits, found = self.classifier.follow(images, before)  # type: ignore[attr-defined]
         if known is None:
+            assert torch.equal(self.rows.cpu(), torch.arange(self.memory["count"])), "the first question is about all"
             self.memory["found"] = found
         else:
             known.put(self.rows, found)

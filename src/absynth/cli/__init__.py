@@ -79,7 +79,7 @@ app.command()(reproduce)
 
 def main() -> None:
     """Run the command line: bad input is one line on stderr and exit code 2, Ctrl-C 130, never a traceback."""
-    # Importing PyTorch makes a million objects that all stay: looking for garbage among them takes a third of a second.
+    # What PyTorch's import makes all stays: looking for garbage among it again and again delays every command.
     gc.set_threshold(100_000)
     if "" not in sys.path:
         # A model given as module:factory may lie in the folder where the command is typed. Last in the search, so

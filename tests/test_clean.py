@@ -1,0 +1,27 @@
+"""Clean accuracy and what goes with it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import absynth
+from absynth.clean import measure
+
+
+def test_measure_exactly() -> None:
+    """A classifier of known probabilities: p(0) = 0.9 for images brighter than half, else 0.25 and p(1) = 0.75."""
+
+    def classifier(images: torch.Tensor) -> torch.Tensor:
+        bright = images.amax((1, 2, 3)) > 0.5
+        return torch.where(bright[:, None], torch.tensor([0.9, 0.1]), torch.tensor([0.25, 0.75])).log()
+
+    images = torch.cat([torch.ones(3, 1, 4, 4), torch.zeros(1, 1, 4, 4)])
+    found = measure(classifier, images, torch.tensor([0, 0, 1, 1]))
+    assert found.clean_accuracy == 0.75
+    expected = torch.tensor([0.9, 0.9, 0.1, 0.75], dtype=torch.float64).log().mean().item()
+    assert found.log_likelihood == pytest.approx(expected, abs=1e-6)
+    assert found.confidence_histogram == (0, 0, 0, 0, 0, 0, 0, 1, 0, 3) or found.confidence_histogram[7:] == (1, 3, 0)
+    assert found.refused is None
+    with pytest.raises(absynth.InputError, match="2 classes"):
+        measure(classifier, images, torch.tensor([0, 0, 1, 2]))
