@@ -18,6 +18,7 @@ from absynth.attacks.decision import Boundary
 from absynth.attacks.estimated import EstimatedGradient
 from absynth.attacks.foolbox_adapter import AutoAttack, Foolbox
 from absynth.attacks.gradient import DeepFool, ProjectedGradient
+from absynth.attacks.hop_skip_jump import HopSkipJump
 from absynth.attacks.latent import LatentDescent
 from absynth.attacks.pointwise import Pointwise, reset_pixels
 from absynth.attacks.queries import CountingClassifier
@@ -245,7 +246,7 @@ def test_converged_latent_descent_is_at_least_as_near() -> None:
 
 
 def test_ours_are_no_weaker_than_foolbox() -> None:
-    """The same attack on the same network: DeepFool, the Boundary attack, PGD at a fixed radius."""
+    """The same attack on the same network: DeepFool, the Boundary attack, HopSkipJump, PGD at a fixed radius."""
     import foolbox
 
     network, images, labels = trained_digits()
@@ -262,6 +263,12 @@ def test_ours_are_no_weaker_than_foolbox() -> None:
     boundary = Boundary(steps=600)(network, images[:5], goal.rows(seeds[:5]), seeds[:5])
     same = Foolbox(L2, "foolbox-boundary", steps=600)(network, images[:5], goal.rows(seeds[:5]), seeds[:5])
     assert L2.distance(boundary.images, images[:5]).median() <= L2.distance(same.images, images[:5]).median() * 1.05
+
+    for norm in (L2, LINF):
+        jumps = HopSkipJump(norm, steps=8)(network, images[:5], goal.rows(seeds[:5]), seeds[:5])
+        same = Foolbox(norm, "foolbox-hop-skip-jump", steps=8)(network, images[:5], goal.rows(seeds[:5]), seeds[:5])
+        reached = torch.where(same.found, norm.distance(same.images, images[:5]), torch.inf)
+        assert jumps.found.all() and norm.distance(jumps.images, images[:5]).median() <= reached.median() * 1.05
 
     radius = 0.08
     _, _, success = foolbox.attacks.LinfPGD(steps=20, random_start=False)(theirs, images, labels, epsilons=radius)
@@ -362,8 +369,10 @@ def test_attacks_say_what_they_miss() -> None:
         ProjectedGradient(L2)(MODEL, task.images, task.goal, task.seeds)
     with pytest.raises(InputError, match="knows no l0: use l2"):
         Foolbox(L0, "ddn")
-    with pytest.raises(InputError, match="did you mean hop-skip-jump"):
-        Foolbox(L2, "hopskipjump")
+    with pytest.raises(InputError, match="did you mean foolbox-hop-skip-jump"):
+        Foolbox(L2, "foolbox-hopskipjump")
+    with pytest.raises(InputError, match="hop-skip-jump knows no l0: use l2 or linf"):
+        HopSkipJump(L0)
     if importlib.util.find_spec("autoattack") is None:
         with pytest.raises(InputError, match="not installed"):
             AutoAttack(L2, 1.5)(MODEL, task.images, task.goal, task.seeds)

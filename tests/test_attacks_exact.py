@@ -29,7 +29,8 @@ LOOSE = {
 STEPS = {
     "boundary": {"steps": 2000},
     "foolbox-boundary": {"steps": 1500},
-    "hop-skip-jump": {"steps": 6},
+    "hop-skip-jump": {"steps": 8},
+    "foolbox-hop-skip-jump": {"steps": 6},
     "brendel-bethge": {"steps": 60},
     "carlini-wagner": {"steps": 60},
     "ead": {"steps": 60},
@@ -44,6 +45,7 @@ FEW = {
     "boundary": {"steps": 100},
     "foolbox-boundary": {"steps": 50},
     "hop-skip-jump": {"steps": 2},
+    "foolbox-hop-skip-jump": {"steps": 2},
     "brendel-bethge": {"steps": 5},
     "carlini-wagner": {"steps": 30},
     "ead": {"steps": 30},

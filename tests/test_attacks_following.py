@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from absynth.analysis import Found
-from absynth.attacks.base import Goal
+from absynth.attacks import queries
+from absynth.attacks.base import Attack, Goal
+from absynth.attacks.binary import Thresholded
 from absynth.attacks.boundary_projection import BoundaryProjection
+from absynth.attacks.brendel_bethge import BrendelBethge
+from absynth.attacks.decision import Boundary
+from absynth.attacks.estimated import Estimated
+from absynth.attacks.gradient import FastGradient, ProjectedGradient
+from absynth.attacks.hop_skip_jump import HopSkipJump
+from absynth.attacks.pointwise import Pointwise
 from absynth.attacks.queries import CountingClassifier, Following
+from absynth.attacks.search import SmallestRadius
+from absynth.attacks.sparse import SigmaZero
 from absynth.norms import L2
 from attack_models import SIDE, images_near, prototypes
 
@@ -75,3 +85,76 @@ def test_each_image_is_followed_from_its_own_last_answer() -> None:
     expected = [None, [0.5, 0.2, 0.3], [0.35, 0.55], [0.1, 0.25, 0.3, 0.4, 0.5]]
     for before, values in zip(model.before, expected, strict=True):
         assert before is None if values is None else torch.allclose(before, torch.tensor(values))
+
+
+def test_an_image_that_jumped_and_one_never_asked_about_are_asked_cold() -> None:
+    model = Remembering(MODEL, 0.0)
+    following = Following(CountingClassifier(model, 3), 3)
+    images = torch.zeros(3, 1, SIDE, SIDE)
+    following.select(torch.tensor([0, 1]))(images[:2])
+    images[1] += 1.1 * queries.FAR / SIDE  # its L2 distance is the number of pixels a side times that
+    model.before.clear()
+    logits = following(images)
+    assert [None if before is None else len(before) for before in model.before] == [1, None]
+    assert torch.equal(logits, MODEL(images))
+
+
+def test_answers_about_one_image_asked_twice_are_not_remembered() -> None:
+    class Around(Remembering):
+        def around(self, images: Tensor, before: Found, owner: Tensor) -> Tensor:
+            self.before.append(before.energies[owner, 0])
+            return self.model(images)
+
+    model = Around(MODEL, 0.0)
+    following = Following(CountingClassifier(model, 3), 3)
+    images = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1, 1).expand(3, 1, SIDE, SIDE)
+    following(images)
+    rows = torch.tensor([2, 0, 2])
+    several = following.select(rows)(images[rows] + 0.01)
+    assert torch.equal(several, MODEL(images[rows] + 0.01))
+    assert model.followed == 3  # the three are answered from around, for which nothing is searched
+    following.select(torch.tensor([2]))(images[2:])
+    for before, values in zip(model.before[1:], ([0.3, 0.1, 0.3], [0.3]), strict=True):
+        assert before is not None and torch.allclose(before, torch.tensor(values))
+
+
+SMALL = {
+    "boundary": Boundary(steps=200),
+    "hop-skip-jump": HopSkipJump(L2, steps=4, first_probes=30),
+    "pgd": SmallestRadius(ProjectedGradient(L2, steps=7), first=1.0),
+    "fgm-ge": Estimated(FastGradient(L2)),
+    "pointwise": Pointwise(draws=2),
+    "sigma-zero": SigmaZero(steps=60),
+    "refined": Thresholded(BrendelBethge(L2, steps=10)),
+}
+
+
+@pytest.mark.parametrize("attack", SMALL.values(), ids=SMALL)
+def test_attacks_follow_and_what_they_return_holds(attack: Attack) -> None:
+    images, labels = images_near(MODEL, 3)
+    goal, seeds = Goal.untargeted(labels), torch.arange(3)
+    model = Remembering(MODEL, 0.02)
+    warm, cold = attack(model, images, goal, seeds), attack(MODEL, images, goal, seeds)
+    assert model.followed > model.asked
+    assert warm.found.all() and goal.met(MODEL(warm.images)).all()
+    ratio = attack.norm.distance(warm.images, images) / attack.norm.distance(cold.images, images)
+    assert (ratio < 1.5).all()
+
+
+@pytest.mark.parametrize("attack", SMALL.values(), ids=SMALL)
+def test_attacks_that_were_misled_search_again(attack: Attack) -> None:
+    images, labels = images_near(MODEL, 3)
+    goal, seeds = Goal.untargeted(labels), torch.arange(3)
+    misled, cold = attack(Remembering(MODEL, 1e6), images, goal, seeds), attack(MODEL, images, goal, seeds)
+    assert misled.found.all()
+    torch.testing.assert_close(misled.images, cold.images, atol=1e-4, rtol=0)
+
+
+def test_an_attack_with_a_radius_stays_within_it() -> None:
+    images, labels = images_near(MODEL, 6)
+    distance = L2.distance(
+        BoundaryProjection(L2)(MODEL, images, Goal.untargeted(labels), torch.arange(6)).images, images
+    )
+    attack = ProjectedGradient(L2, radius=float(distance.median()))
+    result = attack(Remembering(MODEL, 0.5), images, Goal.untargeted(labels), torch.arange(6))
+    assert result.found.any() and (L2.distance(result.images, images) <= attack.radius * (1 + 1e-5)).all()

@@ -106,6 +106,24 @@ def test_following_an_image_finds_what_a_fresh_search_finds(model: ABS, images: 
         assert torch.nn.functional.cosine_similarity(gradient.flatten(1), expected.flatten(1)).min() > 0.99
 
 
+@pytest.mark.parametrize("response", [None, Ramp(0.2)])
+def test_images_around_one_are_answered_nearly_as_by_a_search(images: Tensor, response: torch.nn.Module | None) -> None:
+    model = toy_abs(response=response)
+    exact = replace(without_giving_up(model.schedule), tolerance=1e-9, steps=40)
+    _, found = model.follow(images[:4])
+    owner = torch.arange(4).repeat_interleave(5)
+    noise = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    moved = (images[owner] + 0.01 * noise).clamp(0, 1)  # by about 0.2 in L2
+    logits = model.around(moved, found, owner)
+    energies = model.analyze(moved, schedule=exact).energies
+    assert (-logits - energies).min() > -1e-5 * energies.max()  # never below the minimum
+    torch.testing.assert_close(-logits.amax(1), energies.amin(1), rtol=0.01, atol=0)
+    still = -model.around(images[:4], found, torch.arange(4)) - model.analyze(images[:4], schedule=exact).energies
+    assert still.min() > -1e-5 * energies.max()
+    alone = torch.cat([model.around(moved[row : row + 1], found, owner[row : row + 1]) for row in range(20)])
+    torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-7)
+
+
 def test_a_batch_larger_than_a_chunk(model: ABS, images: Tensor) -> None:
     many = images.repeat(14, 1, 1, 1)  # 168 images: more than one chunk
     torch.testing.assert_close(model(many)[-12:], model(images), atol=1e-5, rtol=0)

@@ -42,6 +42,8 @@ class Schedule:
     stays. When only the label is asked for, the search of such a class ends there, and its energy is the one it had;
     when all energies are asked for, it goes on to ``losing_steps`` in all.
 
+    ``rivals``: of the classes in the running only the best and so many more stay. None: all.
+
     ``tolerance``: a search ends early when a step lowers its energy by less than this share.
     """
 
@@ -51,6 +53,7 @@ class Schedule:
     method: str = "levenberg-marquardt"
     max_norm: float = 5.0
     slack: tuple[float, ...] = ()
+    rivals: int | None = None
     tolerance: float = 1e-5
     damping: float = 0.03  # Levenberg-Marquardt: at the first step, relative to the diagonal
     learning_rate: float = 0.05  # Adam
@@ -69,8 +72,8 @@ DEFAULT = Schedule(
     tolerance=1e-4,
     slack=(2.0, 1.85, 1.7, 1.6, 1.5, 1.45, 1.4, 1.35, 1.3),
 )
-# From what was found for an image close by: nearly there.
-FOLLOWING = replace(DEFAULT, steps=3, losing_steps=0, slack=(1.3, 1.2, 1.15))
+# From what was found for an image close by: nearly there, and few classes matter.
+FOLLOWING = replace(DEFAULT, steps=3, losing_steps=0, slack=(1.3, 1.2, 1.15), rivals=2)
 PAPER = Schedule(candidates=8000, steps=50, method="adam")  # with prior candidates: see ``absynth.candidates``
 
 
@@ -89,6 +92,15 @@ class Found:
     def rows(self, index: Tensor | slice) -> Found:
         """What was found for the images ``index``."""
         return Found(**{field.name: getattr(self, field.name)[index] for field in fields(Found)})
+
+    def room(self, count: int) -> Found:
+        """Room for what is found for ``count`` images, to be ``put`` there."""
+        return Found(
+            **{
+                field.name: (one := getattr(self, field.name)).new_zeros(count, *one.shape[1:])
+                for field in fields(Found)
+            }
+        )
 
     def put(self, index: Tensor, found: Found) -> None:
         """Replace, in place, what was found for the images ``index``."""
@@ -141,10 +153,8 @@ def analyze(
         work.adam(work.everything())
     else:
         for step in range(schedule.steps):
-            if schedule.slack:
-                energies = work.energies.view(count, classes) * weights  # (B*K,) -> (B,K)
-                limit = schedule.slack[min(step, len(schedule.slack) - 1)] * energies.amin(1, keepdim=True)
-                settled &= energies <= limit
+            energies = work.energies.view(count, classes) * weights  # (B*K,) -> (B,K)
+            settled &= in_the_running(energies, schedule, step)
             followed = settled if label_only or step >= schedule.losing_steps else torch.ones_like(settled)
             problems = (followed.flatten() & work.moving).nonzero()[:, 0]
             if schedule.method == "quasi-newton":
@@ -157,6 +167,18 @@ def analyze(
         blocks=work.images.view(count, classes, -1),
         settled=settled,
     )
+
+
+def in_the_running(energies: Tensor, schedule: Schedule, step: int) -> Tensor:
+    """Which classes (B,K) may still win after ``step`` steps that reached these energies (B,K)."""
+    running = torch.ones_like(energies, dtype=torch.bool)
+    if schedule.slack:
+        limit = schedule.slack[min(step, len(schedule.slack) - 1)] * energies.amin(1, keepdim=True)
+        running &= energies <= limit
+    if schedule.rivals is not None:
+        last = min(schedule.rivals + 1, energies.shape[1])
+        running &= energies <= energies.kthvalue(last, 1, keepdim=True).values
+    return running
 
 
 class _Problems:
@@ -174,7 +196,7 @@ class _Problems:
         self.decoders, self.blocks, self.beta, self.schedule = decoders, blocks, beta, schedule
         self.candidates = candidates  # none: where a search starts, its curvature is computed
         count, size = starts.shape
-        self.latents = _into_ball(starts, schedule.max_norm)  # (P,D)
+        self.latents = into_ball(starts, schedule.max_norm)  # (P,D)
         self.energies = blocks.new_full((count,), torch.inf)
         self.images = blocks.new_zeros(count, blocks.shape[1])  # (P,N)
         # Levenberg-Marquardt: the Gauss-Newton matrix and minus half the gradient at the latents, and the damping.
@@ -228,7 +250,7 @@ class _Problems:
             diagonal = matrix.diagonal(dim1=1, dim2=2)
             damped = matrix + torch.diag_embed(self.damping[chunk, None] * diagonal)
             moved = self.latents[chunk] + torch.linalg.solve(damped, self.descent[chunk])
-            latents = _into_ball(moved, self.schedule.max_norm)
+            latents = into_ball(moved, self.schedule.max_norm)
             images = decoder(latents)
             energies = self.energy(images, latents, targets)
             better = energies < self.energies[chunk]
@@ -265,7 +287,7 @@ class _Problems:
             before, energies, descent = self.latents[chunk], self.energies[chunk], self.descent[chunk]
             inverse, share = self.curvature[chunk], self.damping[chunk]
             direction = matrix_vector(inverse, descent)
-            latents = _into_ball(before + share[:, None] * direction, self.schedule.max_norm)
+            latents = into_ball(before + share[:, None] * direction, self.schedule.max_norm)
             activations = decoder.activations(latents)
             found = self.energy(activations.images, latents, targets)
             downhill = self._descent(decoder, activations, latents, targets)
@@ -316,7 +338,7 @@ class _Problems:
                     (latents.grad,) = torch.autograd.grad(energy, latents)
                 optimizer.step()
                 with torch.no_grad():
-                    latents.copy_(_into_ball(latents, self.schedule.max_norm))
+                    latents.copy_(into_ball(latents, self.schedule.max_norm))
             self.latents[chunk] = latents.detach()
         self.evaluate(problems)
 
@@ -332,7 +354,7 @@ def _bfgs(inverse: Tensor, moved: Tensor, turned: Tensor) -> Tensor:
     return torch.where((product > 1e-8)[:, None, None], inverse + change, inverse)
 
 
-def _into_ball(latents: Tensor, radius: float) -> Tensor:
+def into_ball(latents: Tensor, radius: float) -> Tensor:
     """Latents (P,D), those outside the ball brought back to its surface."""
     norms = latents.norm(dim=1, keepdim=True)
     return torch.where(norms > radius, latents * (radius / norms), latents)

@@ -18,6 +18,7 @@ from absynth.candidates import Candidates
 from absynth.checks import check_images
 from absynth.decoding import FoldedDecoder, from_blocks, to_blocks
 from absynth.errors import InputError
+from absynth.neighbors import energies_around
 from absynth.responses import Identity
 from absynth.threads import side_by_side
 
@@ -167,6 +168,18 @@ class ABS(Calibrated):
         return torch.cat(logits), join(found)
 
     @torch.no_grad()
+    def around(self, images: Tensor, before: Found, owner: Tensor) -> Tensor:
+        """Images (n,C,S,S) -> logits (n,K), without gradient, each close to one of the images that ``before`` was found
+        for: ``owner`` (n,) says to which. Cheaper than ``follow`` where many are close to one, and no more final."""
+        self.check(images)
+        blocks = to_blocks(self.response(images))
+
+        def energies(rows: slice) -> Tensor:
+            return energies_around(self.folded, blocks[rows], before, owner[rows], beta=self.beta, scales=self.scales)
+
+        return -torch.cat(side_by_side(energies, self._shares(blocks))) * (self.scales / blocks.shape[1])
+
+    @torch.no_grad()
     def analyze(self, images: Tensor, *, schedule: Schedule | None = None) -> Analysis:
         """Images (B,C,S,S) -> how every class explains them; ``schedule`` overrides the classifier's own."""
         self.check(images)
@@ -201,9 +214,13 @@ class ABS(Calibrated):
                 starts=None if starts is None else starts.rows(rows),
             )
 
+        return join(side_by_side(find, self._shares(blocks)))
+
+    def _shares(self, blocks: Tensor) -> list[slice]:
+        """The parts of a batch that threads take."""
         count = len(blocks)
         size = count if blocks.is_cuda else max(THREAD_CHUNK, -(-count // torch.get_num_threads()))
-        return join(side_by_side(find, [slice(first, first + size) for first in range(0, count, size)]))
+        return [slice(first, first + size) for first in range(0, count, size)]
 
     def _negative_energies(self, blocks: Tensor, found: Found) -> Tensor:
         logits: Tensor = _NegativeEnergies.apply(blocks, found.blocks, self._normalized(found), self.scales)  # type: ignore[no-untyped-call]

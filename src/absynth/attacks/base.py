@@ -23,6 +23,8 @@ from absynth.norms import Norm
 Classifier = Callable[[Tensor], Tensor]
 Kind = Literal["minimum", "budget"]
 Knowledge = Literal["gradient", "score", "decision", "transfer", "latent"]
+#: Where a hit that was followed to does not hold, it is looked for so many times as far from the clean image.
+FARTHER = (1.0, 1.001, 1.003, 1.01, 1.03, 1.1, 1.3)
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,33 @@ def followed(problem: Problem) -> Problem:
     return replace(problem, classifier=Following(problem.classifier, len(problem)))
 
 
+def confirmed(problem: Problem, said: Proposals) -> Proposals:
+    """What the classifier, asked anew, says of the images that it is ``said`` to call adversarial: where it disagrees,
+    the same a little farther from the clean image, or not found."""
+    images, found = problem.images.clone(), torch.zeros_like(said.found)
+    todo = said.found.nonzero()[:, 0]
+    for share in FARTHER:
+        if not len(todo):
+            break
+        clean, far = problem.images[todo], said.images[todo]
+        candidates = far if share == 1 else (clean + share * (far - clean)).clamp(0, 1)
+        met = problem.rows(todo).met(candidates)
+        images[todo[met]], found[todo[met]] = candidates[met], True
+        todo = todo[~met]
+    return Proposals(images, found)
+
+
+def or_else(problem: Problem, proposals: Proposals, search: Callable[[Problem], Proposals]) -> Proposals:
+    """The proposals, and what another ``search`` finds for the images that have none."""
+    missing = (~proposals.found).nonzero()[:, 0]
+    if not len(missing):
+        return proposals
+    others = search(problem.rows(missing))
+    images, found = proposals.images.clone(), proposals.found.clone()
+    images[missing], found[missing] = others.images, others.found
+    return Proposals(images, found)
+
+
 class Attack(ABC):
     """An attack: a frozen dataclass whose fields are its parameters, so that its repr is its provenance.
 
@@ -202,6 +231,13 @@ class Attack(ABC):
         """What a typical image costs."""
 
     @property
+    def in_small_steps(self) -> bool:
+        """Whether a classifier that searches may start from what it found for an image's last position. Not in attacks
+        that see to this themselves, want the whole analysis, or must stay within a radius, since a hit may have to go
+        a little farther."""
+        return self.kind == "minimum"
+
+    @property
     def name(self) -> str:
         """The family and the norm: ``deepfool-l2``."""
         return f"{self.family}-{self.norm}"
@@ -218,7 +254,10 @@ class Attack(ABC):
         adversarials = images.clone()
         todo = (~found).nonzero().squeeze(1)
         if len(todo):
-            proposed = self.search(everything.rows(todo))
+            problem = everything.rows(todo)
+            proposed = (
+                self._following(problem) if self.in_small_steps and can_follow(classifier) else self.search(problem)
+            )
             candidates = todo[proposed.found]
             hits = proposed.images[proposed.found].to(images.dtype).clamp(0, 1)
             # One more question for each hit: success is what the classifier says of the image that is returned.
@@ -231,6 +270,11 @@ class Attack(ABC):
     @abstractmethod
     def search(self, problem: Problem) -> Proposals:
         """The attack itself, on images none of which meets the goal yet."""
+
+    def _following(self, problem: Problem) -> Proposals:
+        """The attack on a classifier that starts from its last answers; what it finds is asked again, cold, and images
+        of which nothing is left are searched cold."""
+        return or_else(problem, confirmed(problem, self.search(followed(problem))), self.search)
 
 
 class BudgetAttack(Attack):
@@ -249,9 +293,12 @@ class BudgetAttack(Attack):
         """Look within ``radius`` (B,), in float64 on the CPU, one for each image."""
 
 
-def generators(seeds: Tensor, stream: int = 0) -> list[torch.Generator]:
-    """One CPU generator per image; another ``stream`` (a restart, say) gives independent draws."""
-    states = [np.random.SeedSequence([int(seed), stream]).generate_state(1, np.uint64)[0] for seed in seeds.tolist()]
+def generators(seeds: Tensor, stream: int | Sequence[int] = 0) -> list[torch.Generator]:
+    """One CPU generator per image; another ``stream`` (a restart, say; one for all, or one each) gives independent
+    draws."""
+    streams = [stream] * len(seeds) if isinstance(stream, int) else stream
+    pairs = zip(seeds.tolist(), streams, strict=True)
+    states = [np.random.SeedSequence([int(seed), one]).generate_state(1, np.uint64)[0] for seed, one in pairs]
     return [torch.Generator().manual_seed(int(state)) for state in states]
 
 

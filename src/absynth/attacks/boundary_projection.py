@@ -9,14 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Problem, Proposals, followed, per_image
+from absynth.attacks.base import Attack, Problem, Proposals, confirmed, followed, or_else, per_image
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.projection import onto_halfspace
 from absynth.attacks.queries import can_follow
-from absynth.attacks.search import Best, clean_to, first_on_path, toward_clean
+from absynth.attacks.search import Best, toward_clean
 from absynth.norms import L0, Norm
-
-FARTHER = (1.0, 1.01, 1.03, 1.1, 1.3)  # of the way from the clean image
 
 
 @dataclass(frozen=True)
@@ -52,13 +50,14 @@ class BoundaryProjection(Attack):
     source = "absynth; after Croce & Hein 2020, arXiv 1907.02044"
     deterministic = True
     queries = "about 50 gradients, 15 predictions"
+    in_small_steps = False  # its runs are followed, several an image
 
     def search(self, problem: Problem) -> Proposals:
         nearest = self._approach(problem, followed)
         if can_follow(problem.classifier):
-            nearest = _or_else(problem, nearest, self._approach)
+            nearest = or_else(problem, nearest, self._approach)
         if self.norm == L0:
-            return take_back(problem, _or_else(problem, nearest, greedy_flips))
+            return take_back(problem, or_else(problem, nearest, greedy_flips))
         return toward_clean(problem, nearest, self.bisections)
 
     def _approach(self, problem: Problem, asked: Callable[[Problem], Problem] = lambda cold: cold) -> Proposals:
@@ -95,7 +94,9 @@ class BoundaryProjection(Attack):
         if len(todo):
             best.update(todo, x[todo], runs.rows(todo).met(x[todo]))
         if runs is not cold:
-            best = _confirmed(cold, best)
+            said, best = best.proposals(), Best(cold)
+            held = confirmed(cold, said)
+            best.update(torch.arange(len(cold), device=x.device), held.images, held.found)
         return _nearest_run(problem, best, owner)
 
     def _runs(self, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -140,29 +141,6 @@ class BoundaryProjection(Attack):
         nearest = nearest.scatter_reduce(0, owner, best.distance, "amin")[owner]
         lagging = (best.distance > self.behind * nearest) & (step >= self.steps // 2)
         return ~lagging & ((stale < self.patience) | best.distance.isinf())
-
-
-def _confirmed(problem: Problem, said: Best) -> Best:
-    """What the classifier, asked anew, says of the best that it is ``said`` to call adversarial: where it disagrees, a
-    little farther from the clean image."""
-    path = clean_to(problem, said.images)
-    limit = torch.where(said.distance.isfinite(), torch.inf, 0.0).double()
-    position = first_on_path(problem, path, FARTHER, bisections=0, limit=limit)
-    hit = position.isfinite().nonzero()[:, 0]
-    best = Best(problem)
-    best.update(hit, path(hit, position[hit]), torch.ones_like(hit, dtype=torch.bool))
-    return best
-
-
-def _or_else(problem: Problem, proposals: Proposals, search: Callable[[Problem], Proposals]) -> Proposals:
-    """The proposals, and what another ``search`` finds for the images that have none."""
-    missing = (~proposals.found).nonzero()[:, 0]
-    if not len(missing):
-        return proposals
-    others = search(problem.rows(missing))
-    images, found = proposals.images.clone(), proposals.found.clone()
-    images[missing], found[missing] = others.images, others.found
-    return Proposals(images, found)
 
 
 def greedy_flips(problem: Problem, most: int = 100) -> Proposals:

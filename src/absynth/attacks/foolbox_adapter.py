@@ -137,7 +137,7 @@ METHODS: dict[str, dict[Norm, Method]] = {
     "ddn": {L2: _DDN},
     "carlini-wagner": {L2: _CARLINI_WAGNER},
     "ead": {L1: _EAD},
-    "hop-skip-jump": {L2: _hop_skip_jump("l2"), LINF: _hop_skip_jump("linf")},
+    "foolbox-hop-skip-jump": {L2: _hop_skip_jump("l2"), LINF: _hop_skip_jump("linf")},
     "foolbox-boundary": {L2: _BOUNDARY},
 }
 

@@ -46,6 +46,7 @@ class LatentDescent(Attack):
     knowledge = "latent"
     source = "Schott et al. 2019, arXiv 1805.09190"
     deterministic = True
+    in_small_steps = False
 
     @property
     def family(self) -> str:

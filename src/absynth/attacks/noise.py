@@ -3,6 +3,7 @@ evaluation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,8 +75,9 @@ class SaltAndPepper(Attack):
         return best.proposals()
 
 
-def salt_and_pepper(problem: Problem, stream: int) -> Path:
-    """The path from the clean images at density 0 to a random black-and-white picture at density 1."""
+def salt_and_pepper(problem: Problem, stream: int | Sequence[int]) -> Path:
+    """The path from the clean images at density 0 to a random black-and-white picture at density 1; ``stream`` as for
+    ``generators``."""
     sources = generators(problem.seeds, stream)
     rank = draw_uniform(sources, problem.images)
     color = (draw_uniform(sources, problem.images) < 0.5).to(problem.images.dtype)

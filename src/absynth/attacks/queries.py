@@ -75,6 +75,12 @@ class CountingClassifier:
         logits, found = self.classifier.follow(images, before)  # type: ignore[attr-defined]
         return self._watched(logits), found
 
+    def around(self, images: Tensor, before: Any, owner: Tensor) -> Tensor:
+        """The inner classifier's ``around``, counted like any other question."""
+        self._count(self.forward, images)
+        logits: Tensor = self.classifier.around(images, before, owner)  # type: ignore[attr-defined]
+        return logits
+
     def _watched(self, logits: Tensor) -> Tensor:
         """The logits, whose gradient is counted when it is asked for."""
         if logits.requires_grad:
@@ -94,31 +100,98 @@ def can_follow(classifier: Callable[[Tensor], Tensor]) -> bool:
     return bool(getattr(classifier, "follows", hasattr(classifier, "follow")))
 
 
+#: A search starts anew where an image has moved farther than this since it was last asked (L2, after the response).
+FAR = 8.0
+#: Images within this distance of the last one asked about are answered from what was found there, if many are asked.
+NEAR = 1.0
+
+
+def can_answer_around(classifier: Callable[[Tensor], Tensor]) -> bool:
+    """Whether ``classifier`` can answer about many images around one at once, as ABS can."""
+    while isinstance(classifier, CountingClassifier):
+        classifier = classifier.classifier
+    return hasattr(classifier, "around")
+
+
 class Following:
     """A classifier that starts, for each of ``count`` images, from what it found when it was last asked about it.
 
-    For attacks that move every image in small steps. Its answers depend on what was asked before: a hit counts when the
-    classifier itself says so.
+    For attacks that move every image in small steps: an image that moved by more than ``FAR`` is asked cold. Answers
+    about an image that comes several times in one batch are not remembered, so that they do not depend on the order.
+    Its answers depend on what was asked before: a hit counts when the classifier itself says so.
     """
 
     def __init__(self, classifier: Callable[[Tensor], Tensor], count: int) -> None:
-        self.classifier, self.rows = classifier, torch.arange(count)
-        self.memory: dict[str, Any] = {"count": count}  # shared by all views; later also "found", of all images
+        self.classifier, self.rows, self.remembers = classifier, torch.arange(count), True
+        self.memory: dict[str, Any] = {"count": count}  # shared by all views; later also "found" and "seen", of all
+
+    @property
+    def response(self) -> Any:
+        """What the inner classifier says it does to the pixels first; None where it says nothing."""
+        return getattr(self.classifier, "response", None)
 
     def select(self, rows: Tensor) -> Following:
-        """The view of the images ``rows`` (n,) of this view; none may come twice."""
+        """The view of the images ``rows`` (n,) of this view; one that holds an image twice remembers nothing."""
         view = Following(rows_of(self.classifier, rows), 0)
         view.rows, view.memory = self.rows.to(rows.device)[rows], self.memory
+        view.remembers = self.remembers and len(view.rows.unique()) == len(view.rows)
         return view
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(n,C,H,W) -> logits (n,K). The first question is about all images."""
-        known = self.memory.get("found")
-        before = None if known is None else known.rows(self.rows)
-        logits, found = self.classifier.follow(images, before)  # type: ignore[attr-defined]
-        if known is None:
-            assert torch.equal(self.rows.cpu(), torch.arange(self.memory["count"])), "the first question is about all"
-            self.memory["found"] = found
-        else:
-            known.put(self.rows, found)
-        return logits  # type: ignore[no-any-return]
+        """(n,C,H,W) -> logits (n,K)."""
+        seen = self._seen(images)
+        moved = self._moved(seen)
+        together = (moved <= NEAR) & self._answers_together(images)
+        kinds = (
+            (together, self._ask_together),
+            (~together & (moved <= FAR), self._ask_warm),
+            (moved > FAR, self._ask_cold),
+        )
+        logits, places = [], []
+        for chosen, ask in kinds:
+            if len(index := chosen.nonzero()[:, 0]):
+                logits.append(ask(images, seen, index))
+                places.append(index)
+        return torch.cat(logits)[torch.cat(places).argsort()]
+
+    def _answers_together(self, images: Tensor) -> bool:
+        """Whether images close to one are answered by a step from there: many of them, and no gradient is wanted."""
+        wanted = images.requires_grad and torch.is_grad_enabled()
+        return not self.remembers and not wanted and can_answer_around(self.classifier)
+
+    def _seen(self, images: Tensor) -> Tensor:
+        """What the classifier looks at, (n,N)."""
+        flat = images.detach()
+        return (flat if self.response is None else self.response(flat)).flatten(1)
+
+    def _moved(self, seen: Tensor) -> Tensor:
+        """How far each image (n,N) is from where it was last asked about, (n,); infinite where it never was."""
+        if "found" not in self.memory:
+            return seen.new_full((len(seen),), torch.inf)
+        distance: Tensor = (seen - self.memory["seen"][self.rows]).norm(dim=1)
+        return distance
+
+    def _ask_together(self, images: Tensor, _seen: Tensor, index: Tensor) -> Tensor:
+        rows, owner = self.rows.to(index.device)[index].unique(return_inverse=True)
+        part: Any = rows_of(self.classifier, index)
+        logits: Tensor = part.around(images[index], self.memory["found"].rows(rows), owner)
+        return logits
+
+    def _ask_warm(self, images: Tensor, seen: Tensor, index: Tensor) -> Tensor:
+        return self._ask(images, seen, index, self.memory["found"].rows(self.rows.to(index.device)[index]))
+
+    def _ask_cold(self, images: Tensor, seen: Tensor, index: Tensor) -> Tensor:
+        return self._ask(images, seen, index, None)
+
+    def _ask(self, images: Tensor, seen: Tensor, index: Tensor, before: Any) -> Tensor:
+        part: Any = rows_of(self.classifier, index)
+        logits: Tensor
+        logits, found = part.follow(images[index], before)
+        if self.remembers:
+            count, rows = self.memory["count"], self.rows.to(index.device)[index]
+            if "found" not in self.memory:
+                self.memory["found"] = found.room(count)
+                self.memory["seen"] = seen.new_full((count, seen.shape[1]), torch.inf)
+            self.memory["found"].put(rows, found)
+            self.memory["seen"][rows] = seen[index]
+        return logits

@@ -192,6 +192,7 @@ class SmallestRadius(Wrapping):
     bisections: int = 8
 
     kind = "minimum"
+    in_small_steps = True  # an attempt stays within its radius, the whole need not
 
     @property
     def family(self) -> str:

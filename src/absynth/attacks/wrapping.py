@@ -49,3 +49,8 @@ class Wrapping(Attack):
     def queries(self) -> str:
         """As the inner attack, and one more."""
         return f"{self.attack.queries}, and 1 prediction"
+
+    @property
+    def in_small_steps(self) -> bool:
+        """As the inner attack."""
+        return self.attack.in_small_steps
