@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from absynth import data, zoo
+from absynth import data, weight_files, zoo
 from absynth.attacks.base import Goal
 from absynth.attacks.ramp_projection import RampProjection
 from absynth.certificates import certified_radii
@@ -72,7 +72,7 @@ def saturated_prototypes(a: float) -> SaturatingPrototypeABS:
     """The prototypes of ``prototype-abs`` behind a ramp."""
     plain = zoo.load("prototype-abs")
     assert isinstance(plain, PrototypeABS)
-    decoders = zoo.decoders_of(zoo.read(zoo.path_of("prototype-abs")))
+    decoders = zoo.decoders_of(weight_files.read(zoo.path_of("prototype-abs")))
     return SaturatingPrototypeABS(
         decoders, plain.latents.split(plain.class_counts), response=Ramp(a), beta=plain.beta
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from absynth import data, zoo
+from absynth import data, weight_files
 from absynth.baselines import CNN, Binarized, MadryCNN
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.training.contrast import Starts
@@ -22,7 +22,7 @@ def write_all(folder: Path, *, refusal: float = 0.0) -> Path:
         torch.manual_seed(0)
         _write_abs(folder, refusal)
         binary = {"threshold": 0.5, "alpha": 440.0, "eta": 1e-6, "refusal": refusal}
-        binary["decoders_digest"] = zoo.read(folder / "abs.safetensors").digest
+        binary["decoders_digest"] = weight_files.read(folder / "abs.safetensors").digest
         write(folder, "binary-abs", {"scales": torch.linspace(0.9, 1.1, 10)}, binary)
         for name, maps in (("cnn", (4, 4, 4)), ("binary-cnn", (4, 4, 4)), ("transfer-cnn", (3, 3, 3))):
             network = CNN(maps).eval()
@@ -34,7 +34,7 @@ def write_all(folder: Path, *, refusal: float = 0.0) -> Path:
         write(folder, "smoothed-cnn", CNN((3, 3, 3)).eval().state_dict(), smoothed)
         _write_prototype_abs(folder, refusal)
         for name in ("abs", "prototype-abs"):
-            file = zoo.read(folder / f"{name}.safetensors")
+            file = weight_files.read(folder / f"{name}.safetensors")
             write(folder, f"saturating-{name}", file.tensors, {**file.header["config"], "response": {"a": 0.25}})
     images, labels = data.load("digits", "train")
     stored = {"images": (images * 255).round().to(torch.uint8)[:200], "labels": labels.to(torch.uint8)[:200]}
@@ -54,7 +54,7 @@ def _write_abs(folder: Path, refusal: float) -> None:
 
 def _write_prototype_abs(folder: Path, refusal: float) -> None:
     """The decoders of the ABS beside it, with five prototypes a class."""
-    file = zoo.read(folder / "abs.safetensors")
+    file = weight_files.read(folder / "abs.safetensors")
     tensors = {name: value for name, value in file.tensors.items() if ".decoder." in name}
     tensors |= {f"{number}.latents": torch.randn(5, 8).half() for number in range(10)}
     write(folder, "prototype-abs", tensors, file.header["config"])
@@ -69,7 +69,7 @@ def candidate_energies(decoder: Decoder, latents: Tensor, images: Tensor) -> Ten
 
 def write(folder: Path, name: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
     header = {"model": name, "config": config, "data": "digits", "seed": 0, "accuracy": 0.5}
-    zoo.write(folder / f"{name}.safetensors", tensors, header)
+    weight_files.write(folder / f"{name}.safetensors", tensors, header)
 
 
 def save_picture(path: Path, image: Tensor, scale: int = 5) -> Path:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import absynth
-from absynth import data, zoo
+from absynth import data, weight_files, zoo
 from absynth.cli import app, main
 from small_models import save_picture, write_all
 
@@ -192,7 +192,7 @@ def test_models(run: Run, weights: Path) -> None:
         assert one["parameters"] == expected
         assert one["clean_accuracy"] == 0.5
         assert one["problem"] is None
-        assert one["digest"] == zoo.read(weights / f"{name}.safetensors").digest
+        assert one["digest"] == weight_files.read(weights / f"{name}.safetensors").digest
 
 
 def test_models_missing(run: Run, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from absynth import data, zoo
+from absynth import data, weight_files
 from small_models import save_picture
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +81,7 @@ def test_interrupted_and_killed(two_classes: Path, tmp_path: Path) -> None:
 
     finish(*arguments, "--out", out)
     files = [tmp_path / folder / "cnn.safetensors" for folder in ("through", "stopped")]
-    assert zoo.read(files[0]).digest == zoo.read(files[1]).digest
+    assert weight_files.read(files[0]).digest == weight_files.read(files[1]).digest
     assert not checkpoint.parent.exists()
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from absynth import data, zoo
+from absynth import data, weight_files, zoo
 from absynth.certificates import Certifier, certified_radii
 from absynth.errors import InputError
 from absynth.exact import exact_distance
@@ -97,8 +97,8 @@ def test_the_recipe_writes_a_model_that_loads_and_certifies(tmp_path: Path) -> N
     train("prototype-abs", "digits", out=tmp_path, effort=0.25)
     model = zoo.load("prototype-abs", folder=tmp_path)
     assert isinstance(model, PrototypeABS)
-    header = zoo.read(tmp_path / "prototype-abs.safetensors").header
-    assert header["config"]["decoders_digest"] == zoo.read(tmp_path / "abs.safetensors").digest
+    header = weight_files.read(tmp_path / "prototype-abs.safetensors").header
+    assert header["config"]["decoders_digest"] == weight_files.read(tmp_path / "abs.safetensors").digest
     images, labels = data.load("digits", "test")
     assert (model(images).argmax(1) == labels).double().mean().item() == pytest.approx(header["accuracy"])
     assert not (tmp_path / "prototype-abs.training").exists()

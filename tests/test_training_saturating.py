@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from absynth import data, zoo
+from absynth import data, weight_files, zoo
 from absynth.classifiers import ABS
 from absynth.errors import InputError
 from absynth.norms import L1, L2, LINF
@@ -51,7 +51,7 @@ def test_saturating_models_are_trained_and_loaded(folder: tuple[Path, Path], mon
     model, prototypes = zoo.load("saturating-abs", folder=weights), zoo.load("saturating-prototype-abs", folder=weights)
     assert isinstance(model, ABS) and isinstance(model.response, Ramp) and model.response.a in RAMPS
     assert isinstance(prototypes, SaturatingPrototypeABS) and prototypes.response.a == model.response.a
-    shares = zoo.read(weights / "saturating-prototype-abs.safetensors").header["config"]["ramps"]
+    shares = weight_files.read(weights / "saturating-prototype-abs.safetensors").header["config"]["ramps"]
     assert list(shares) == [f"{a:g}" for a in RAMPS] and max(shares.values()) == shares[f"{model.response.a:g}"]
     before = zoo.load("abs", folder=weights)
     assert isinstance(before, ABS)
@@ -60,7 +60,7 @@ def test_saturating_models_are_trained_and_loaded(folder: tuple[Path, Path], mon
     ]
     assert any(changed)
     images, labels = data.load(pictures, "test")
-    header = zoo.read(weights / "saturating-abs.safetensors").header
+    header = weight_files.read(weights / "saturating-abs.safetensors").header
     # so few steps teach nothing; but what the header says is what the model does
     assert (model(images).argmax(1) == labels).double().mean().item() == pytest.approx(header["accuracy"])
 

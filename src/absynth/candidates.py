@@ -5,6 +5,8 @@ Shapes: B images, M candidates, D latents, N values of an image in block order (
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,8 @@ class Candidates(nn.Module):
     At A of them, the anchors, the curvature of the energy is known: latents (A,D), ``inverses`` (A,D,D).
     """
 
+    DERIVED = ("points", "offsets", "anchors", "inverses")
+
     latents: Tensor
     points: Tensor
     offsets: Tensor
@@ -38,17 +42,32 @@ class Candidates(nn.Module):
     inverses: Tensor
 
     @torch.no_grad()
-    def __init__(self, decoder: FoldedDecoder, latents: Tensor, beta: float) -> None:
+    def __init__(
+        self, decoder: FoldedDecoder, latents: Tensor, beta: float, derived: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """``derived`` is what another one has ``derived`` from the same; None: derive it. Raises ValueError where it is
+        of another shape."""
         super().__init__()
-        points = torch.cat([decoder(chunk) for chunk in latents.split(DECODE_CHUNK)])
-        # half of what an energy has besides ||x||^2 - 2 x.p
-        offsets = points.double().square().sum(1) / 2 + beta / 4 * latents.double().square().sum(1)
-        self.register_buffer("latents", latents, persistent=False)
-        self.register_buffer("points", points, persistent=False)
-        self.register_buffer("offsets", offsets.float(), persistent=False)
         anchors = latents[:: max(1, -(-len(latents) // ANCHORS))]
-        self.register_buffer("anchors", anchors, persistent=False)
-        self.register_buffer("inverses", inverse_curvature(decoder, anchors, beta), persistent=False)
+        if derived is None:
+            points = torch.cat([decoder(chunk) for chunk in latents.split(DECODE_CHUNK)])
+            # half of what an energy has besides ||x||^2 - 2 x.p
+            offsets = points.double().square().sum(1) / 2 + beta / 4 * latents.double().square().sum(1)
+            inverses = inverse_curvature(decoder, anchors, beta)
+            derived = {"points": points, "offsets": offsets.float(), "anchors": anchors, "inverses": inverses}
+        size = latents.shape[1]
+        shapes = {"offsets": (len(latents),), "anchors": anchors.shape, "inverses": (len(anchors), size, size)}
+        if any(derived[name].shape != shape for name, shape in shapes.items()) or len(derived["points"]) != len(
+            latents
+        ):
+            raise ValueError(f"what was derived does not fit {len(latents)} latents")
+        self.register_buffer("latents", latents, persistent=False)
+        for name in self.DERIVED:
+            self.register_buffer(name, derived[name], persistent=False)
+
+    def derived(self) -> dict[str, Tensor]:
+        """What follows from the decoder and the latents, by name."""
+        return {name: getattr(self, name) for name in self.DERIVED}
 
     def best(self, blocks: Tensor, count: int | None) -> Tensor:
         """Images (B,N) -> the index (B,) of the best of the first ``count`` candidates of each."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from absynth.analysis import DEFAULT, FOLLOWING, Found, Schedule, analyze, join
-from absynth.candidates import Candidates
 from absynth.checks import check_images
 from absynth.decoding import FoldedDecoder, from_blocks, to_blocks
 from absynth.errors import InputError
+from absynth.kept import candidates_of
 from absynth.neighbors import energies_around
 from absynth.responses import Identity
 from absynth.threads import side_by_side
@@ -94,7 +95,8 @@ class ABS(Calibrated):
     the running both agree.
 
     ``candidates`` (K,M,D) are the latents that a search starts from. ``response`` is applied to the pixels first,
-    ``scales`` (K,) multiplies the energies (the gamma of Binary ABS); the rest: ``Calibrated``.
+    ``scales`` (K,) multiplies the energies (the gamma of Binary ABS), ``kept`` names a file in which decoded candidates
+    are kept for the next time; the rest: ``Calibrated``.
     """
 
     candidates: Tensor
@@ -114,6 +116,7 @@ class ABS(Calibrated):
         beta: float = 1.0,
         refusal: float = 0.25,
         schedule: Schedule = DEFAULT,
+        kept: Path | None = None,
     ) -> None:
         super().__init__(alpha, eta, refusal)
         self.decoders = nn.ModuleList(decoders)
@@ -126,15 +129,14 @@ class ABS(Calibrated):
         self.beta, self.schedule = beta, schedule
         self.register_buffer("candidates", candidates)
         self.register_buffer("scales", torch.ones(len(self.decoders)) if scales is None else scales)
-        self._prepare()
+        self._prepare(kept)
         self.register_load_state_dict_post_hook(lambda model, _keys: model._prepare())  # type: ignore[no-untyped-call]
         self.eval().requires_grad_(False)
 
-    def _prepare(self) -> None:
+    def _prepare(self, kept: Path | None = None) -> None:
         """Derive the fast forms of the decoders and the decoded candidates from the weights."""
         self.folded = nn.ModuleList(FoldedDecoder(decoder) for decoder in self.decoders)  # type: ignore[arg-type]
-        pairs = list(zip(self.folded, self.candidates, strict=True))
-        self.starts = nn.ModuleList(side_by_side(lambda pair: Candidates(*pair, self.beta), pairs))
+        self.starts = nn.ModuleList(candidates_of(self.folded, self.candidates, self.beta, kept))
 
     @property
     def image_shape(self) -> tuple[int, int]:

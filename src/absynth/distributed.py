@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from absynth import __version__, zoo
+from absynth import __version__, weight_files, zoo
 from absynth.attacks.base import Attack
 from absynth.clean import load_any
 from absynth.errors import InputError
@@ -61,7 +61,9 @@ class Source:
         files: dict[str, bytes] = {}
         if ":" not in name and (path := zoo.path_of(name, weights)).is_file():
             needed = [path]
-            if zoo.read(path).header.get("model") == "binary-abs":  # its decoders are those of the file beside it
+            if (
+                weight_files.read(path).header.get("model") == "binary-abs"
+            ):  # its decoders are those of the file beside it
                 needed.append(path.with_name("abs.safetensors"))
             files = {one.name: one.read_bytes() for one in needed}
         return cls(name, files, None if root is None else str(Path(root).resolve()))

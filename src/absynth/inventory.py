@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from absynth import data, idx, zoo
+from absynth import data, idx, weight_files, zoo
 from absynth.errors import InputError, unknown_name
 
 
@@ -100,10 +100,10 @@ def describe_model(name: str, *, folder: str | Path | None = None, root: str | P
     if folder is None and not path.exists():
         return Model(name, description, problem="not shipped; train with 'absynth train NAME --out weights'")
     try:
-        file = zoo.read(path)
+        file = weight_files.read(path)
         parameters = count_parameters(file)
         if name == "binary-abs":
-            parameters += count_parameters(zoo.read(path.with_name("abs.safetensors")))
+            parameters += count_parameters(weight_files.read(path.with_name("abs.safetensors")))
     except InputError as error:
         return Model(name, description, problem=str(error))
     header = file.header
@@ -128,7 +128,7 @@ def problems(models: Iterable[Model]) -> list[str]:
     return [f"{', '.join(those)}: {problem}" for problem, those in names.items()]
 
 
-def count_parameters(file: zoo.WeightFile) -> int:
+def count_parameters(file: weight_files.WeightFile) -> int:
     """Trained numbers in a weight file: weights and biases of layers, factors on the energies, prototypes' latents."""
     return sum(
         tensor.numel()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from absynth import data, zoo
+from absynth import data, weight_files, zoo
 from absynth.certificates import HasPrototypes, certified_radii
 from absynth.classifiers import Calibrated
 from absynth.errors import InputError
@@ -56,7 +56,7 @@ def classify_pictures(
         raise InputError(f"model {str(model)!r} has no analysis to draw: use abs, or leave out --explain")
     path = zoo.path_of(model, weights)
     # nearest-neighbor needs no weight file: it is made from the MNIST training images
-    header: dict[str, Any] = zoo.read(path).header if path.exists() else {"data": "mnist", "config": {}}
+    header: dict[str, Any] = weight_files.read(path).header if path.exists() else {"data": "mnist", "config": {}}
     size = (
         classifier.image_shape[1] if isinstance(classifier, Calibrated) else int(header["config"].get("image_size", 28))
     )

@@ -1,33 +1,27 @@
-"""The models by name: weights, configuration, provenance and digest.
-
-A weight file is safetensors: tensors, and one JSON object in its header under "absynth" (model, configuration, data,
-data digest, seed, accuracy, version, command, and the SHA-256 of the tensors, checked at load). Nothing is unpickled.
-"""
+"""The models by name, made from their weight files (``absynth.weight_files``)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from absynth import __version__, data
+from absynth import data
 from absynth.baselines import CNN, Binarized, MadryCNN, NearestNeighbor
 from absynth.candidates import prior_candidates
 from absynth.classifiers import ABS
 from absynth.errors import InputError, unknown_name
+from absynth.kept import kept_file
 from absynth.prototypes import PrototypeABS, SaturatingPrototypeABS
 from absynth.responses import Ramp, Threshold
 from absynth.smoothing import Smoothed
 from absynth.vae import Decoder, VAEConfig
+from absynth.weight_files import WeightFile, read
 
 WEIGHTS = Path(str(files("absynth"))) / "weights"
 
@@ -46,18 +40,6 @@ DESCRIPTIONS = {
     "msd": "network trained against L-infinity 0.3, L2 2.0 and L1 10 at once",
     "smoothed-cnn": "majority vote of a network over noisy copies of the image",
 }
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """The content of a weight file: ``tensors`` by name, and the ``header``."""
-
-    tensors: dict[str, Tensor]
-    header: dict[str, Any]
-
-    @property
-    def digest(self) -> str:
-        return str(self.header["digest"])
 
 
 def names() -> tuple[str, ...]:
@@ -107,51 +89,6 @@ def load(
     return model.eval().requires_grad_(False).to(device)
 
 
-def read(path: str | Path) -> WeightFile:
-    """The content of a weight file, its digest checked. Raises InputError if it is missing, damaged or altered."""
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"no weight file at {path}: train it with 'absynth train {path.stem} --out {path.parent}'")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["absynth"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"weight file {path} is unreadable or truncated ({error}): replace it by an intact copy"
-        ) from error
-    if header.get("digest") != tensor_digest(tensors):
-        raise InputError(f"weight file {path} does not match the digest in its header: replace it by an intact copy")
-    return WeightFile(tensors, header)
-
-
-def write(path: str | Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write a weight file, whole or not at all; ``version`` and ``digest`` are added to the header."""
-    path = Path(path)
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    full = {**header, "version": __version__, "digest": tensor_digest(stored)}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(safetensors.torch.save(stored, {"absynth": json.dumps(full, sort_keys=True)}))
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"cannot write weights to {path}: {error.strerror or error}; choose a writable folder"
-        ) from error
-
-
-def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors: names, types, shapes and bytes, in the order of the names."""
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
-
-
 def from_released(path: str | Path, *, binary: bool = False) -> ABS:
     """ABS, or Binary ABS, with the decoders that the paper's authors released, converted to safetensors.
 
@@ -183,7 +120,7 @@ def _abs(file: WeightFile, folder: Path, response: Ramp | None = None) -> ABS:
     config = file.header["config"]
     return ABS(
         decoders_of(file), file.tensors["candidates"].float(), response=response, alpha=config["alpha"],
-        eta=config["eta"], beta=config["beta"], refusal=config["refusal"],
+        eta=config["eta"], beta=config["beta"], refusal=config["refusal"], kept=kept_file(file.digest),
     )  # fmt: skip
 
 
@@ -215,10 +152,10 @@ def _binary_abs(file: WeightFile, folder: Path) -> ABS:
         raise InputError(
             f"binary-abs in {folder} was made for other abs weights: run 'absynth train binary-abs --out {folder}'"
         )
-    plain = _abs(decoders, folder)
     return ABS(
-        list(plain.decoders), plain.candidates, response=Threshold(config["threshold"]), scales=file.tensors["scales"],
-        alpha=config["alpha"], eta=config["eta"], beta=plain.beta, refusal=config["refusal"],
+        decoders_of(decoders), decoders.tensors["candidates"].float(), response=Threshold(config["threshold"]),
+        scales=file.tensors["scales"], alpha=config["alpha"], eta=config["eta"], beta=decoders.header["config"]["beta"],
+        refusal=config["refusal"], kept=kept_file(decoders.digest),
     )  # fmt: skip
 
 

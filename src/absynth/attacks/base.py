@@ -191,6 +191,13 @@ def or_else(problem: Problem, proposals: Proposals, search: Callable[[Problem], 
     return Proposals(images, found)
 
 
+def met_afresh(problem: Problem, images: Tensor) -> Tensor:
+    """Whether the goal is met at ``images`` (B,C,H,W), asked cold even where the problem is followed: (B,) bool."""
+    if isinstance(problem.classifier, Following):
+        problem = replace(problem, classifier=problem.classifier.afresh)
+    return problem.met(images)
+
+
 class Attack(ABC):
     """An attack: a frozen dataclass whose fields are its parameters, so that its repr is its provenance.
 

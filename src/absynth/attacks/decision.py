@@ -7,7 +7,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Problem, Proposals, draw_normal, generators, per_image
+from absynth.attacks.base import (
+    Attack,
+    Problem,
+    Proposals,
+    draw_normal,
+    followed,
+    generators,
+    met_afresh,
+    per_image,
+)
 from absynth.attacks.search import Best, starting_points, toward_clean
 from absynth.norms import L2, Norm
 
@@ -35,6 +44,7 @@ class Boundary(Attack):
     source = "Brendel et al. 2018, arXiv 1712.04248"
     deterministic = False
     queries = "up to 5,600 predictions"
+    in_small_steps = False  # steps that are kept are asked again, cold
 
     def search(self, problem: Problem) -> Proposals:
         start = toward_clean(problem, starting_points(problem), steps=10)
@@ -46,13 +56,17 @@ class Boundary(Attack):
         toward = torch.full_like(best.distance, self.toward)
         on_sphere = _Rate(best.distance, window=10)
         kept = _Rate(best.distance, window=30)
+        walk = followed(problem)
         for step in range(self.steps):
             if not len(todo):
                 break
-            part = problem.rows(todo)
+            part = walk.rows(todo)
             noise = draw_normal([sources[row] for row in todo.tolist()], part.images)
             side, candidate = self._step(part.images, best.images[todo], noise, sphere[todo], toward[todo])
-            better = best.update(todo, candidate, part.met(candidate))
+            met = part.met(candidate)
+            if walk is not problem and len(said := met.nonzero()[:, 0]):
+                met[said] = met_afresh(part.rows(said), candidate[said])
+            better = best.update(todo, candidate, met)
             kept.record(todo, better)
             if step % 10 == 9:
                 on_sphere.record(todo, part.met(side))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Problem, Proposals, draw_normal, draw_uniform, generators, per_image
+from absynth.attacks.base import Attack, Problem, Proposals, draw_normal, draw_uniform, followed, generators, per_image
 from absynth.attacks.search import Best, Path, bisect, clean_to, starting_points
 from absynth.errors import InputError
 from absynth.norms import L2, LINF, Norm
@@ -27,9 +27,9 @@ class HopSkipJump(Attack):
     norm: Norm
     steps: int = 20
     first_probes: int = 100
-    probe: float = 0.01
+    probe: float = 0.05
     halvings: int = 15
-    bisections: int = 10
+    bisections: int = 14
     chunk: int = 512
 
     family = "hop-skip-jump"
@@ -38,6 +38,7 @@ class HopSkipJump(Attack):
     source = "Chen et al. 2020, arXiv 1904.02144"
     deterministic = False
     queries = "about 6,500 predictions"
+    in_small_steps = False  # the questions around a point are followed from there, all others asked cold
 
     def __post_init__(self) -> None:
         if self.norm not in (L2, LINF):
@@ -65,6 +66,9 @@ class HopSkipJump(Attack):
     def _normal(self, problem: Problem, x: Tensor, sources: list[torch.Generator], probes: int) -> Tensor:
         """The direction (B,C,H,W) in which images at ``x`` on the boundary become adversarial, of L2 norm 1."""
         radius = self.probe * problem.distance(x)
+        around = followed(problem)
+        if around is not problem:
+            around.logits(x)  # what is found here, the answers start from
         at_once = max(1, self.chunk // len(x))
         directions, answers = [], []
         for first in range(0, probes, at_once):
@@ -75,7 +79,7 @@ class HopSkipJump(Attack):
                 directions.append(moved - x)
             asked = torch.stack(directions[first:])  # (p,B,C,H,W)
             rows = torch.arange(len(x), device=x.device).repeat(len(asked))
-            met = problem.rows(rows).met((x + asked).flatten(0, 1))  # (p*B,)
+            met = around.rows(rows).met((x + asked).flatten(0, 1))  # (p*B,)
             answers.append(met.view(len(asked), -1))
         sign = torch.where(torch.cat(answers), 1.0, -1.0)  # (P,B)
         mean = sign.mean(0)

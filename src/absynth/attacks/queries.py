@@ -154,6 +154,10 @@ class Following:
                 places.append(index)
         return torch.cat(logits)[torch.cat(places).argsort()]
 
+    def afresh(self, images: Tensor) -> Tensor:
+        """(n,C,H,W) -> logits (n,K), asked cold; what was found for the images before is forgotten."""
+        return self._ask_cold(images, self._seen(images), torch.arange(len(images), device=images.device))
+
     def _answers_together(self, images: Tensor) -> bool:
         """Whether images close to one are answered by a step from there: many of them, and no gradient is wanted."""
         wanted = images.requires_grad and torch.is_grad_enabled()

@@ -82,15 +82,15 @@ def train(
     """Train a model.
 
     Stopped at any moment, the same command continues."""
-    from absynth import zoo
     from absynth.inventory import check_trainable
     from absynth.training.recipes import train as run
+    from absynth.weight_files import read
 
     check_trainable(name, out)
     resume = f"what was trained is kept in {out / (name + '.training')}; the same command goes on from there"
     with kept(resume), progress(f"training {name}") as report:
         path = run(name, data, out=out, seed=seed, root=root, effort=effort, progress=report)
-    header = zoo.read(path).header
+    header = read(path).header
     if json:
         emit(
             {

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from absynth import data, zoo
+from absynth import data, weight_files, zoo
 from absynth.certificates import Certifier, HasPrototypes
 from absynth.classifiers import Calibrated
 from absynth.clean import answers
@@ -120,7 +120,7 @@ class Shelf:
     def _test_images(self) -> tuple[str, Tensor, Tensor]:
         found = (zoo.path_of(name, self.weights) for name in self._locks)
         file = next((path for path in found if path.exists()), None)
-        name = str(zoo.read(file).header["data"]) if file is not None else "mnist"
+        name = str(weight_files.read(file).header["data"]) if file is not None else "mnist"
         # Never a download: the explorer works offline.
         if not data.at_hand(name, "test", self.root):
             name = "digits"

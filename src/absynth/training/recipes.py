@@ -1,8 +1,8 @@
 """From the name of a model and a data set to a weight file: what ``absynth train`` runs.
 
 Every recipe holds a part of the training set out, makes every choice on it, reports the accuracy on the test split,
-and writes tensors and provenance with ``zoo.write``. Checkpoints live in a folder beside the weights until those are
-written.
+and writes tensors and provenance with ``weight_files.write``. Checkpoints live in a folder beside the weights until
+those are written.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from absynth import data, zoo
+from absynth import data, weight_files, zoo
 from absynth.classifiers import ABS, Calibrated
 from absynth.errors import InputError, unknown_name
 from absynth.prototypes import PrototypeABS
@@ -105,7 +105,7 @@ def train(
     run = Run(name, dataset, out, seed, root, progress)
     tensors, header = _RECIPES[name](run, effort)
     path = run.out / f"{name}.safetensors"
-    zoo.write(path, tensors, header)
+    weight_files.write(path, tensors, header)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     return path
 
@@ -206,7 +206,7 @@ def _plain_abs(run: Run, effort: float) -> tuple[ABS, str]:
         train("abs", run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress)
     plain = zoo.load(source)
     assert isinstance(plain, ABS)
-    return plain, zoo.read(source).digest
+    return plain, weight_files.read(source).digest
 
 
 def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from absynth import zoo
+from absynth import weight_files, zoo
 from absynth.certificates import certified_radii
 from absynth.classifiers import ABS
 from absynth.norms import L0, L2, LINF
@@ -49,7 +49,7 @@ def train_saturating_prototype_abs(run: recipes.Run, effort: float) -> Trained:
     _train_first("prototype-abs", run, effort)
     plain = zoo.load(path)
     assert isinstance(plain, PrototypeABS)
-    source = zoo.read(path)
+    source = weight_files.read(path)
     decoders = zoo.decoders_of(source)
     latents = torch.stack(list(plain.latents.split(plain.class_counts)))  # (K*M,D) -> (K,M,D)
     ramp, proved = choose_ramp(run, decoders, latents, plain.beta, source.digest, effort)
