@@ -31,7 +31,10 @@ from yardstick import Yardstick
 
 import absynth
 from absynth import data
+from absynth.attacks.base import Classifier, Goal
+from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.classifiers import ABS
+from absynth.norms import L2
 
 BATCH = 256
 LIMITS = {  # line of the table: what it must show
@@ -41,6 +44,8 @@ LIMITS = {  # line of the table: what it must show
     "classify": "under 5 s",
     "ours": "under 2 s",
     "gradient": "at most 1.3",
+    "attack": "under 0.5 s",
+    "attack_ratio": "at least 10",
     "memory": "under 1.5 GiB, whatever the number",
 }
 
@@ -117,6 +122,25 @@ def measure(model: ABS, images: Tensor, labels: Tensor, arguments: argparse.Name
     return result
 
 
+def attack(model: ABS, images: Tensor, labels: Tensor, few: int) -> dict[str, float]:
+    """The strongest L2 attack: seconds an image of 32 of ours and of ``few`` of the yardstick's, and its distances."""
+    ours, yardstick = BoundaryProjection(L2), Yardstick(model.decoders)
+    found: dict[str, Tensor] = {}
+
+    def run(classifier: Classifier, name: str, count: int) -> None:
+        result = ours(classifier, images[:count], Goal.untargeted(labels[:count]), torch.arange(count))
+        found[name] = torch.where(result.found, L2.distance(result.images, images[:count]), torch.inf)
+
+    count = min(32, len(images))
+    timed = compare(
+        seconds(lambda: run(model, "ours", count)), count, seconds(lambda: run(yardstick, "theirs", few)), few
+    )
+    return timed | {
+        "images": count, "yardstick_images": few,
+        "mean_distance": found["ours"][:few].mean().item(), "yardstick_mean_distance": found["theirs"].mean().item(),
+    }  # fmt: skip
+
+
 def run_python(program: list[str]) -> str:
     """What a fresh interpreter prints, this checkout's package first on its path."""
     source = str(Path(absynth.__file__).parents[1])
@@ -184,6 +208,12 @@ def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("  beyond importing torch, s", f"{cli['ours_seconds']:.2f}", "ours"),
         ("gradient over prediction", f"{result['gradient_over_prediction']:.2f}", "gradient"),
     ]
+    if "attack" in result:
+        one = result["attack"]
+        rows.append((f"L2 attack on {one['images']} images, s an image", f"{one['ms_per_image'] / 1000:.2f}", "attack"))
+        rows.append(("  times faster than on the yardstick", f"{one['ratio']:.1f}", "attack_ratio"))
+        distances = f"{one['mean_distance']:.3f} ({one['yardstick_mean_distance']:.3f})"
+        rows.append((f"  mean distance of {one['yardstick_images']} (yardstick)", distances, ""))
     rows += [(f"peak memory, {name}, GiB", f"{gib:.2f}", "memory") for name, gib in result["peak_memory_gib"].items()]
     rows += [(f"accuracy, {name}", f"{100 * share:.2f} %", "") for name, share in result["accuracy"].items()]
     if "labels" in result:
@@ -200,6 +230,7 @@ def main() -> None:
     parser.add_argument("--yardstick-images", type=int, default=32, help="images at once for the yardstick")
     parser.add_argument("--memory-images", type=int, default=10_000, help="images analyzed for the peak memory")
     parser.add_argument("--check-images", type=int, default=2000, help="labels compared with an exact search; 0: none")
+    parser.add_argument("--attack-images", type=int, default=4, help="images attacked on the yardstick; 0: none")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--growth-images", type=int, default=256, help="largest batch of the figure; 0: no figure")
     parser.add_argument("--figure", type=Path, default=Path(__file__).parents[1] / "docs" / "performance.png")
@@ -219,6 +250,9 @@ def main() -> None:
         "multiply_adds_per_second": matrix_rate(),
     }
     result |= measure(model, images, labels, arguments)
+    if arguments.attack_images:
+        note("the strongest L2 attack")
+        result["attack"] = attack(model, images, labels, arguments.attack_images)
     note("the command line")
     result["command_line"] = command_line(images[0, 0], arguments.rounds)
     if arguments.check_images:

@@ -16,7 +16,10 @@ from absynth.candidates import prior_candidates
 
 
 class Yardstick(nn.Module):
-    """Images (B,1,28,28) -> logits (B,10) = minus the energies, normalized by the number of pixels."""
+    """Images (B,1,28,28) -> logits (B,10) = minus the energies, normalized by the number of pixels.
+
+    Its gradient is that of the energies at the latents found, the exact one at a minimum: attacks can use it.
+    """
 
     def __init__(self, decoders: Iterable[nn.Module], steps: int = 50, candidates: int = 8000) -> None:
         super().__init__()
@@ -33,20 +36,21 @@ class Yardstick(nn.Module):
         pixels = images[0].numel()
         energies = []
         for decoder, points in zip(self.decoders, self.points, strict=True):
-            flat = images.flatten(1)
+            seen = images.detach()
+            flat = seen.flatten(1)
             costs = points.square().sum(1) + self.latents.square().sum(1) / 2
             start = (costs - 2 * flat @ points.T).argmin(1)
             latents = self.latents[start].clone().requires_grad_(True)
             optimizer = torch.optim.Adam([latents], lr=0.05)
             for _ in range(self.steps):
                 optimizer.zero_grad()
-                torch.autograd.backward(self._energy(decoder, latents, images).sum() / pixels)
+                with torch.enable_grad():
+                    torch.autograd.backward(self._energy(decoder, latents, seen).sum() / pixels)
                 optimizer.step()
                 with torch.no_grad():
                     norms = latents.norm(dim=1, keepdim=True)
                     latents.mul_(torch.clamp(5 / norms, max=1))
-            with torch.no_grad():
-                energies.append(self._energy(decoder, latents, images))
+            energies.append(self._energy(decoder, latents.detach(), images))
         return -torch.stack(energies, dim=1) / pixels
 
     @staticmethod
