@@ -12,12 +12,13 @@ from torch import Tensor
 
 from absynth.attacks.base import Goal, Problem, draw_normal, generators
 from absynth.attacks.binary import Thresholded, across_threshold
-from absynth.attacks.boundary_projection import BoundaryProjection, greedy_flips
+from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.catalog import ATTACKS, SUITES, information, iterated, lookup
 from absynth.attacks.decision import Boundary
 from absynth.attacks.estimated import EstimatedGradient
 from absynth.attacks.foolbox_adapter import AutoAttack, Foolbox
 from absynth.attacks.gradient import DeepFool, ProjectedGradient
+from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.hop_skip_jump import HopSkipJump
 from absynth.attacks.latent import LatentDescent
 from absynth.attacks.pointwise import Pointwise, reset_pixels

@@ -154,7 +154,8 @@ def test_attacks_that_were_misled_search_again(attack: Attack) -> None:
         attack(MODEL, images, goal, seeds),
     )
     assert misled.found.all() and goal.met(MODEL(misled.images)).all()
-    if attack.family not in ("boundary", "hop-skip-jump"):  # which never leave what was asked cold
+    # The first two never leave what was asked cold; in L0 what does not hold gets more pixels.
+    if attack.family not in ("boundary", "hop-skip-jump", "sigma-zero"):
         torch.testing.assert_close(misled.images, cold.images, atol=1e-4, rtol=0)
 
 

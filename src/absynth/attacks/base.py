@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from absynth.attacks.queries import Following, can_follow, rows_of
+from absynth.attacks.queries import can_follow, rows_of
 from absynth.errors import InputError
 from absynth.norms import Norm
 
@@ -23,8 +23,6 @@ from absynth.norms import Norm
 Classifier = Callable[[Tensor], Tensor]
 Kind = Literal["minimum", "budget"]
 Knowledge = Literal["gradient", "score", "decision", "transfer", "latent"]
-#: Where a hit that was followed to does not hold, it is looked for so many times as far from the clean image.
-FARTHER = (1.0, 1.001, 1.003, 1.01, 1.03, 1.1, 1.3)
 
 
 @dataclass(frozen=True)
@@ -156,48 +154,6 @@ class Problem:
         return logits
 
 
-def followed(problem: Problem) -> Problem:
-    """The same problem for an attack that moves every image in small steps: a classifier that searches starts from what
-    it found for the image's last position. Its hits have to be confirmed by the problem itself."""
-    if not can_follow(problem.classifier):
-        return problem
-    return replace(problem, classifier=Following(problem.classifier, len(problem)))
-
-
-def confirmed(problem: Problem, said: Proposals) -> Proposals:
-    """What the classifier, asked anew, says of the images that it is ``said`` to call adversarial: where it disagrees,
-    the same a little farther from the clean image, or not found."""
-    images, found = problem.images.clone(), torch.zeros_like(said.found)
-    todo = said.found.nonzero()[:, 0]
-    for share in FARTHER:
-        if not len(todo):
-            break
-        clean, far = problem.images[todo], said.images[todo]
-        candidates = far if share == 1 else (clean + share * (far - clean)).clamp(0, 1)
-        met = problem.rows(todo).met(candidates)
-        images[todo[met]], found[todo[met]] = candidates[met], True
-        todo = todo[~met]
-    return Proposals(images, found)
-
-
-def or_else(problem: Problem, proposals: Proposals, search: Callable[[Problem], Proposals]) -> Proposals:
-    """The proposals, and what another ``search`` finds for the images that have none."""
-    missing = (~proposals.found).nonzero()[:, 0]
-    if not len(missing):
-        return proposals
-    others = search(problem.rows(missing))
-    images, found = proposals.images.clone(), proposals.found.clone()
-    images[missing], found[missing] = others.images, others.found
-    return Proposals(images, found)
-
-
-def met_afresh(problem: Problem, images: Tensor) -> Tensor:
-    """Whether the goal is met at ``images`` (B,C,H,W), asked cold even where the problem is followed: (B,) bool."""
-    if isinstance(problem.classifier, Following):
-        problem = replace(problem, classifier=problem.classifier.afresh)
-    return problem.met(images)
-
-
 class Attack(ABC):
     """An attack: a frozen dataclass whose fields are its parameters, so that its repr is its provenance.
 
@@ -262,9 +218,12 @@ class Attack(ABC):
         todo = (~found).nonzero().squeeze(1)
         if len(todo):
             problem = everything.rows(todo)
-            proposed = (
-                self._following(problem) if self.in_small_steps and can_follow(classifier) else self.search(problem)
-            )
+            if self.in_small_steps and can_follow(classifier):
+                from absynth.attacks.confirming import by_following  # which is made of attacks
+
+                proposed = by_following(problem, self.search)
+            else:
+                proposed = self.search(problem)
             candidates = todo[proposed.found]
             hits = proposed.images[proposed.found].to(images.dtype).clamp(0, 1)
             # One more question for each hit: success is what the classifier says of the image that is returned.
@@ -277,11 +236,6 @@ class Attack(ABC):
     @abstractmethod
     def search(self, problem: Problem) -> Proposals:
         """The attack itself, on images none of which meets the goal yet."""
-
-    def _following(self, problem: Problem) -> Proposals:
-        """The attack on a classifier that starts from its last answers; what it finds is asked again, cold, and images
-        of which nothing is left are searched cold."""
-        return or_else(problem, confirmed(problem, self.search(followed(problem))), self.search)
 
 
 class BudgetAttack(Attack):

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Problem, Proposals, confirmed, followed, or_else, per_image
+from absynth.attacks.base import Attack, Problem, Proposals, per_image
+from absynth.attacks.following import confirmed, followed, or_else
+from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.projection import onto_halfspace
 from absynth.attacks.queries import can_follow
@@ -141,31 +143,6 @@ class BoundaryProjection(Attack):
         nearest = nearest.scatter_reduce(0, owner, best.distance, "amin")[owner]
         lagging = (best.distance > self.behind * nearest) & (step >= self.steps // 2)
         return ~lagging & ((stale < self.patience) | best.distance.isinf())
-
-
-def greedy_flips(problem: Problem, most: int = 100) -> Proposals:
-    """One pixel after the other set to black or white, the one that helps most by the gradient at the image so far, at
-    most ``most`` of them; ends where none helps (after JSMA, Papernot et al. 2016, arXiv 1511.07528)."""
-    best, x = Best(problem), problem.images.clone()
-    free = torch.ones_like(x[:, 0].flatten(1), dtype=torch.bool)  # (B,H*W)
-    todo = torch.arange(len(x), device=x.device)
-    for _ in range(most):
-        margin, gradient = problem.rows(todo).margin_and_gradient(x[todo])
-        best.update(todo, x[todo], margin <= 0)
-        gradient, flat = gradient.flatten(2), x[todo].flatten(2)  # (n,C,H*W)
-        flipped = torch.where(gradient > 0, 0.0, 1.0).to(flat)
-        gain = (gradient * (flat - flipped)).sum(1).masked_fill(~free[todo], 0.0)  # (n,H*W): of the margin's fall
-        largest, pixel = gain.max(1)
-        going = ((margin > 0) & (largest > 0)).nonzero()[:, 0]
-        todo, pixel = todo[going], pixel[going]
-        if not len(todo):
-            break
-        flat = flat[going]
-        rows = torch.arange(len(todo), device=x.device)
-        flat[rows, :, pixel] = flipped[going, :, pixel]
-        free[todo, pixel] = False
-        x[todo] = flat.view_as(x[todo])
-    return best.proposals()
 
 
 def _nearest_run(problem: Problem, best: Best, owner: Tensor) -> Proposals:

@@ -12,11 +12,10 @@ from absynth.attacks.base import (
     Problem,
     Proposals,
     draw_normal,
-    followed,
     generators,
-    met_afresh,
     per_image,
 )
+from absynth.attacks.following import followed, met_afresh
 from absynth.attacks.search import Best, starting_points, toward_clean
 from absynth.norms import L2, Norm
 

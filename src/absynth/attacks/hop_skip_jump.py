@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Problem, Proposals, draw_normal, draw_uniform, followed, generators, per_image
+from absynth.attacks.base import Attack, Problem, Proposals, draw_normal, draw_uniform, generators, per_image
+from absynth.attacks.following import followed
 from absynth.attacks.search import Best, Path, bisect, clean_to, starting_points
 from absynth.errors import InputError
 from absynth.norms import L2, LINF, Norm

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Attack, Problem, Proposals, confirmed, followed, or_else
+from absynth.attacks.base import Attack, Problem, Proposals
+from absynth.attacks.following import confirmed, followed, or_else
 from absynth.attacks.noise import salt_and_pepper
 from absynth.attacks.queries import can_follow
 from absynth.attacks.search import Best, Procedure, first_on_path, run_procedures
