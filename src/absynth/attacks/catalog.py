@@ -227,7 +227,8 @@ def lookup(
         elif name in families:
             chosen |= {attack.name: attack for attack in ATTACKS.values() if attack.family == name}
         else:
-            raise unknown_name("attack or suite", name, {*SUITES, *ATTACKS, *families})
+            listed = f"the suites {', '.join(SUITES)}, and the attacks that 'absynth attacks' lists"
+            raise unknown_name("attack or suite", name, {*SUITES, *ATTACKS, *families}, listed)
     found = [attack for attack in chosen.values() if norm is None or attack.norm == norm]
     if not found:
         raise InputError(f"none of {', '.join(wanted)} works in {norm}: `absynth attacks` lists name and norm of all")

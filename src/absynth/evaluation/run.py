@@ -117,7 +117,7 @@ def run(
         done += len(job.images)
         if progress is not None:
             pace = (time.monotonic() - started) / (done - before)
-            progress(Progress(done, total, job.attack.name, pace * (total - done)))
+            progress(Progress(done, total, _listed_name(job.attack), pace * (total - done)))
     if probe:
         doubting.probe_attacks(plan, classifier, images, labels, ledger)
 
@@ -193,7 +193,10 @@ def load_split(
     return pictures, labels.long(), "tensors", "all"
 
 
+def _listed_name(attack: Attack) -> str:
+    """An attack and its form refined for thresholded inputs are one line of a table: the repr keeps them apart."""
+    return attack.name.replace("-refined", "")
+
+
 def _attack_record(attack: Attack) -> AttackRecord:
-    # An attack and its form refined for thresholded inputs are one line of a table: the repr keeps them apart.
-    name = attack.name.replace("-refined", "")
-    return AttackRecord(repr(attack), name, str(attack.norm), attack.knowledge, attack.kind)
+    return AttackRecord(repr(attack), _listed_name(attack), str(attack.norm), attack.knowledge, attack.kind)
