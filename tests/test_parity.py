@@ -11,6 +11,7 @@ from torch import Tensor
 from absynth import zoo
 from absynth.analysis import PAPER, Schedule
 from absynth.classifiers import ABS
+from absynth.errors import InputError
 
 Split = tuple[Tensor, Tensor]
 
@@ -62,3 +63,17 @@ def test_binary_abs(expected: dict[str, Tensor], mnist_test: Split) -> None:
     theirs = expected["binary_abs.energies"][:60]
     assert (energies.argmin(1) == theirs.argmin(1)).sum() >= 58
     assert energies.mean() <= theirs.mean()
+
+
+def test_the_released_decoders_are_a_model_for_the_command_line(
+    released: ABS, mnist_test: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from absynth.evaluation.plan import load_model
+
+    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.delenv("ABSYNTH_RELEASED", raising=False)
+    with pytest.raises(InputError, match="ABSYNTH_RELEASED is not set"):
+        load_model("benchmarks.released:abs_model")
+    monkeypatch.setenv("ABSYNTH_RELEASED", str(reference("original_abs.safetensors")))
+    model = load_model("benchmarks.released:abs_model")
+    assert torch.equal(model(mnist_test[0][:8]), released(mnist_test[0][:8]))
