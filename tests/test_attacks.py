@@ -277,6 +277,15 @@ def test_ours_are_no_weaker_than_foolbox() -> None:
     assert 0 < int(success.sum()) <= int(ours.found.sum())
 
 
+@pytest.mark.parametrize("method", ["ddn", "carlini-wagner", "fmn"])
+def test_foolbox_attacks_do_not_depend_on_the_scale_of_the_logits(method: str) -> None:
+    images, labels = images_near(MODEL, 4)
+    attack, goal, seeds = Foolbox(L2, method, steps=60), Goal.untargeted(labels), torch.arange(4)
+    as_is, tiny = attack(MODEL, images, goal, seeds), attack(lambda x: 1e-3 * MODEL(x), images, goal, seeds)
+    assert as_is.found.all() and tiny.found.all()
+    torch.testing.assert_close(L2.distance(tiny.images, images), L2.distance(as_is.images, images), atol=0, rtol=0.01)
+
+
 @pytest.mark.parametrize("norm", NORMS.values(), ids=str)
 def test_boundary_projection_is_among_the_strongest(norm) -> None:
     network, images, labels = trained_digits()

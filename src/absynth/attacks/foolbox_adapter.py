@@ -149,13 +149,16 @@ class Foolbox(Attack):
     Random attacks, and those whose rows depend on the batch, get one image at a time, with the global generators of
     torch and NumPy set from the image's seed and put back afterwards. Attacks that begin at an adversarial get one from
     blends into noise; where none is found the image counts as not found. Brendel-Bethge needs numba and compiles for
-    about a minute on first use in a process. In the end every proposal but an L0 one is bisected toward the clean
-    image.
+    about a minute on first use in a process. Logits are scaled, image by image, so that the two best differ by ``gap``
+    on the clean image: losses made of logits, cross-entropy above all, then push toward the nearest class whatever the
+    scale of a model (that of ABS is so small that all other classes weigh the same). In the end every proposal but an
+    L0 one is bisected toward the clean image.
     """
 
     norm: Norm
     method: str
     steps: int | None = None
+    gap: float = 10.0
     bisections: int = 8
 
     kind = "minimum"
@@ -217,7 +220,8 @@ class Foolbox(Attack):
             if problem.goal.toward:
                 criterion = foolbox.criteria.TargetedMisclassification(problem.goal.classes)
             more = {} if starts is None else {"starting_points": starts}
-            images: Tensor = attack.run(_Model(problem.classifier), problem.images, criterion, **more)
+            scale = self.gap / problem.margin(problem.images).clamp(min=1e-12)
+            images: Tensor = attack.run(_Model(problem.classifier, scale), problem.images, criterion, **more)
         images = torch.where(images.isfinite(), images, problem.images).clamp(0, 1).detach()
         if self.norm == L0:  # rounding in x + δ − x is no change of a pixel
             images = torch.where((images - problem.images).abs() < 1e-4, problem.images, images)
@@ -225,12 +229,12 @@ class Foolbox(Attack):
 
 
 class _Model(foolbox.models.base.Model):
-    """A classifier as Foolbox wants it: bounds, and tensors of any framework in and out."""
+    """A classifier as Foolbox wants it: bounds, tensors of any framework in and out, logits times ``scale`` (B,)."""
 
     data_format = "channels_first"
 
-    def __init__(self, classifier: Classifier) -> None:
-        self._classifier = classifier
+    def __init__(self, classifier: Classifier, scale: Tensor) -> None:
+        self._classifier, self._scale = classifier, scale[:, None]
 
     @property
     def bounds(self) -> Any:
@@ -238,7 +242,7 @@ class _Model(foolbox.models.base.Model):
 
     def __call__(self, inputs: Any) -> Any:
         images, restore = ep.astensor_(inputs)
-        return restore(ep.astensor(self._classifier(images.raw)))
+        return restore(ep.astensor(self._classifier(images.raw) * self._scale))
 
 
 def _make(method: Method, steps: int) -> Any:
