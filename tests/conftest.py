@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+# A runner in the background may ignore Ctrl-C, and the commands that the tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(2)  # more only oversubscribes the small machines the tests run on
 
 Split = tuple[Tensor, Tensor]
