@@ -380,7 +380,7 @@ def test_attacks_say_what_they_miss() -> None:
     with pytest.raises(InputError, match="knows no l0: use l2"):
         Foolbox(L0, "ddn")
     with pytest.raises(InputError, match="did you mean foolbox-hop-skip-jump"):
-        Foolbox(L2, "foolbox-hopskipjump")
+        Foolbox(L2, "hopskipjump")
     with pytest.raises(InputError, match="hop-skip-jump knows no l0: use l2 or linf"):
         HopSkipJump(L0)
     if importlib.util.find_spec("autoattack") is None:

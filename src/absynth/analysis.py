@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from absynth.candidates import DECODE_CHUNK, REFINE_CHUNK, Candidates, inverse_curvature, matrix_vector
+from absynth.candidates import DECODE_CHUNK, REFINE_CHUNK, Candidates, curvature, inverse_curvature, matrix_vector
 from absynth.decoding import Activations, FoldedDecoder
 
 METHODS = ("quasi-newton", "levenberg-marquardt", "adam")
@@ -95,12 +95,8 @@ class Found:
 
     def room(self, count: int) -> Found:
         """Room for what is found for ``count`` images, to be ``put`` there."""
-        return Found(
-            **{
-                field.name: (one := getattr(self, field.name)).new_zeros(count, *one.shape[1:])
-                for field in fields(Found)
-            }
-        )
+        known = [getattr(self, field.name) for field in fields(Found)]
+        return Found(*(tensor.new_zeros(count, *tensor.shape[1:]) for tensor in known))
 
     def put(self, index: Tensor, found: Found) -> None:
         """Replace, in place, what was found for the images ``index``."""
@@ -273,8 +269,7 @@ class _Problems:
         activations = decoder.activations(latents)
         jacobian = decoder.tangents(activations)  # (P,D,N)
         residual = self.targets(problems) - activations.images
-        self.curvature[problems] = jacobian @ jacobian.mT
-        self.curvature[problems] += self.beta / 2 * torch.eye(latents.shape[1], device=latents.device)
+        self.curvature[problems] = curvature(jacobian, self.beta)
         self.descent[problems] = (jacobian @ residual[:, :, None])[:, :, 0] - self.beta / 2 * latents
         self.linearized[problems] = True
 

@@ -55,11 +55,10 @@ class Candidates(nn.Module):
             offsets = points.double().square().sum(1) / 2 + beta / 4 * latents.double().square().sum(1)
             inverses = inverse_curvature(decoder, anchors, beta)
             derived = {"points": points, "offsets": offsets.float(), "anchors": anchors, "inverses": inverses}
-        size = latents.shape[1]
-        shapes = {"offsets": (len(latents),), "anchors": anchors.shape, "inverses": (len(anchors), size, size)}
-        if any(derived[name].shape != shape for name, shape in shapes.items()) or len(derived["points"]) != len(
-            latents
-        ):
+        count, size = latents.shape
+        shapes = {"offsets": (count,), "anchors": anchors.shape, "inverses": (len(anchors), size, size)}
+        fits = all(derived[name].shape == shape for name, shape in shapes.items())
+        if not fits or len(derived["points"]) != count:
             raise ValueError(f"what was derived does not fit {len(latents)} latents")
         self.register_buffer("latents", latents, persistent=False)
         for name in self.DERIVED:
@@ -87,11 +86,15 @@ def inverse_curvature(decoder: FoldedDecoder, latents: Tensor, beta: float) -> T
     """The inverse (P,D,D) of J'J + beta/2 I at latents (P,D), its diagonal enlarged by ``CAUTION``."""
     found = []
     for chunk in latents.split(REFINE_CHUNK):
-        jacobian = decoder.tangents(decoder.activations(chunk))  # (P,D,N)
-        curvature = jacobian @ jacobian.mT + beta / 2 * torch.eye(latents.shape[1], device=latents.device)
-        curvature.diagonal(dim1=1, dim2=2).mul_(1 + CAUTION).add_(1e-6)  # where no pixel answers and beta is 0
-        found.append(torch.linalg.inv(curvature))
+        matrix = curvature(decoder.tangents(decoder.activations(chunk)), beta)
+        matrix.diagonal(dim1=1, dim2=2).mul_(1 + CAUTION).add_(1e-6)  # where no pixel answers and beta is 0
+        found.append(torch.linalg.inv(matrix))
     return torch.cat(found)
+
+
+def curvature(jacobian: Tensor, beta: float) -> Tensor:
+    """The Gauss-Newton matrix J'J + beta/2 I (P,D,D) of half an energy, from the Jacobian (P,D,N)."""
+    return jacobian @ jacobian.mT + beta / 2 * torch.eye(jacobian.shape[1], device=jacobian.device)
 
 
 def matrix_vector(matrices: Tensor, vectors: Tensor) -> Tensor:

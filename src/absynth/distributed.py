@@ -61,9 +61,8 @@ class Source:
         files: dict[str, bytes] = {}
         if ":" not in name and (path := zoo.path_of(name, weights)).is_file():
             needed = [path]
-            if (
-                weight_files.read(path).header.get("model") == "binary-abs"
-            ):  # its decoders are those of the file beside it
+            # the decoders of Binary ABS are those of the file beside it
+            if weight_files.read(path).header.get("model") == "binary-abs":
                 needed.append(path.with_name("abs.safetensors"))
             files = {one.name: one.read_bytes() for one in needed}
         return cls(name, files, None if root is None else str(Path(root).resolve()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from absynth.analysis import FOLLOWING, Found, Schedule, in_the_running, into_ball
-from absynth.candidates import REFINE_CHUNK, matrix_vector
+from absynth.candidates import REFINE_CHUNK, curvature, matrix_vector
 from absynth.decoding import FoldedDecoder
 
 
@@ -45,8 +45,7 @@ def energies_around(
         place = torch.searchsorted(held, owner[rows])
         latents = found.latents[held, number]  # (U',D)
         jacobian = decoder.tangents(decoder.activations(latents))  # (U',D,N)
-        curvature = jacobian @ jacobian.mT + beta / 2 * torch.eye(latents.shape[1], device=latents.device)
-        inverse = torch.linalg.inv(curvature)
+        inverse = torch.linalg.inv(curvature(jacobian, beta))
         for part in torch.arange(len(rows), device=rows.device).split(REFINE_CHUNK):
             images, here = rows[part], place[part]
             targets, start = blocks[images], latents[here]

@@ -43,7 +43,7 @@ class Pointwise(Attack):
     knowledge = "decision"
     source = "Schott et al. 2019, arXiv 1805.09190"
     deterministic = False
-    queries = "1,500 to 3,500 predictions"
+    queries = "1,300 to 4,100 predictions"
     in_small_steps = False  # every draw is followed by itself
 
     def search(self, problem: Problem) -> Proposals:
