@@ -8,6 +8,8 @@ Source: Schott et al. 2019 (arXiv 1805.09190), appendix, and the layer sizes of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ from absynth.checks import check_images
 from absynth.errors import InputError
 from absynth.nearest import differences, nearest_of_each_class, offsets_of, rounding_slack
 from absynth.responses import Threshold
+from absynth.shortlist import ComparesAll
 
 
 class CNN(nn.Module):
@@ -80,7 +83,7 @@ class Binarized(nn.Module):
         return logits
 
 
-class NearestNeighbor(nn.Module):
+class NearestNeighbor(ComparesAll):
     """logit_c = minus the smallest L2 distance to a training image of class c.
 
     ``images`` float32 (N,C,S,S) in [0,1] and ``labels`` (N,) are the training set; images are kept rounded to 256
@@ -124,13 +127,12 @@ class NearestNeighbor(nn.Module):
         self.register_buffer("_offsets", offsets_of(points), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        check_images(images, channels=self.images.shape[1], size=self.images.shape[-1])
-        return torch.cat([self._logits(chunk) for chunk in torch.split(images.flatten(1), self.chunk_size)])
+        chunks = torch.split(self._flat(images), self.chunk_size)
+        return torch.cat([self._answers(chunk, self._nearest(chunk)) for chunk in chunks])
 
     def nearest(self, images: Tensor) -> Tensor:
         """Indices (B,K) into ``self.images`` of the nearest stored image of each class, for images (B,C,S,S)."""
-        check_images(images, channels=self.images.shape[1], size=self.images.shape[-1])
-        return torch.cat([self._nearest(chunk) for chunk in torch.split(images.flatten(1), self.chunk_size)])
+        return torch.cat([self._nearest(chunk) for chunk in torch.split(self._flat(images), self.chunk_size)])
 
     def prototypes(self) -> Prototypes:
         """What ``absynth.certificates`` needs: every training image, without cost."""
@@ -142,9 +144,16 @@ class NearestNeighbor(nn.Module):
     def _nearest(self, queries: Tensor) -> Tensor:
         return nearest_of_each_class(queries, self._points, self._offsets, self.class_counts)
 
-    def _logits(self, queries: Tensor) -> Tensor:
-        apart = differences(queries, self._points, self._nearest(queries))  # (B,P), (B,K) -> (B,K,P)
-        logits: Tensor = -torch.linalg.vector_norm(apart, dim=2).to(queries.dtype)
+    def _stored(self) -> tuple[Tensor, Tensor, Sequence[int]]:
+        return self._points, self._offsets, self.class_counts
+
+    def _flat(self, images: Tensor) -> Tensor:
+        check_images(images, channels=self.images.shape[1], size=self.images.shape[-1])
+        return images.flatten(1)
+
+    def _answers(self, flat: Tensor, nearest: Tensor) -> Tensor:
+        apart = differences(flat, self._points, nearest)  # (B,P), (B,K) -> (B,K,P)
+        logits: Tensor = -torch.linalg.vector_norm(apart, dim=2).to(flat.dtype)
         return logits
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-KEPT = 4  # of each class, compared exactly
+KEPT = 4  # of each class, compared exactly where the product does not decide
 
 
 def offsets_of(points: Tensor, costs: Tensor | None = None) -> Tensor:
@@ -31,13 +31,30 @@ def nearest_of_each_class(queries: Tensor, points: Tensor, offsets: Tensor, coun
     scores = torch.addmm(offsets, queries, points.T, alpha=-1)  # (B,M): half of what is minimized, up to ||x||^2 / 2
     found, start = [], 0
     for class_scores in torch.split(scores, list(counts), dim=1):
-        kept = min(KEPT, class_scores.shape[1])
-        indices = class_scores.topk(kept, largest=False).indices.sort().values + start  # (B,KEPT)
-        exact = differences(queries, points, indices).square().sum(2)
-        extra = 2 * offsets[indices].double() - points[indices].double().square().sum(2)  # the costs again
-        found.append(indices.gather(1, (exact + extra).argmin(1, keepdim=True)))
+        best = class_scores.topk(min(KEPT, class_scores.shape[1]), largest=False)
+        found.append(exactly_nearest(queries, points, offsets, best.values, best.indices + start))
         start += class_scores.shape[1]
-    return torch.cat(found, dim=1)
+    return torch.stack(found, dim=1)
+
+
+def exactly_nearest(queries: Tensor, points: Tensor, offsets: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
+    """Which of the points ``indices`` (B,I), with these ``scores`` (B,I) in ascending order, is nearest to each of the
+    queries (B,N): (B,). Compared in float64 where rounding may have decided; of equals the first point."""
+    # twice the error of a score, for points in [0,1], whose ||p||_1 is at most N (see `rounding_slack`)
+    error = 2 * relative_error(points.shape[1] + 2) * (float(offsets.abs().max()) + points.shape[1])
+    chosen = indices[:, 0].clone()
+    close = scores <= scores[:, :1] + error  # (B,I)
+    rows = (close.sum(1) > 1).nonzero()[:, 0]
+    if len(rows):
+        place, column = close[rows].nonzero(as_tuple=True)  # pairs: one of the rows, one of its points
+        pairs = indices[rows[place], column]
+        apart = queries[rows[place]].double() - points[pairs].double()
+        extra = 2 * offsets[pairs].double() - points[pairs].double().square().sum(1)  # the costs again
+        exact = apart.new_full((len(rows), indices.shape[1]), torch.inf)
+        exact[place, column] = apart.square().sum(1) + extra
+        tied = exact == exact.amin(1, keepdim=True)
+        chosen[rows] = indices[rows].masked_fill(~tied, len(points)).amin(1)
+    return chosen
 
 
 def differences(queries: Tensor, points: Tensor, indices: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ product and an argmin, and robustness can be certified (``absynth.certificates``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,12 +22,13 @@ from absynth.decoding import FoldedDecoder, from_blocks
 from absynth.errors import InputError
 from absynth.nearest import differences, nearest_of_each_class, offsets_of, rounding_slack
 from absynth.responses import Ramp
+from absynth.shortlist import ComparesAll
 
 CHUNK = 128  # images compared at once: bounds the memory, whatever the batch
 DECODED = 64  # prototypes decoded at once
 
 
-class PrototypeABS(Calibrated):
+class PrototypeABS(Calibrated, ComparesAll):
     """The class whose nearest prototype explains an image best. Images (B,C,S,S) in [0,1] -> logits (B,K).
 
     ``latents``: for every class (M_c,D), decoded here by its decoder; ``beta`` is the weight of their prior cost.
@@ -79,22 +80,21 @@ class PrototypeABS(Calibrated):
         return self._image_shape
 
     def forward(self, images: Tensor) -> Tensor:
-        check_images(images, channels=self.image_shape[0], size=self.image_shape[1])
-        return torch.cat([-self._energies(chunk, self._nearest(chunk)) for chunk in images.flatten(1).split(CHUNK)])
+        chunks = self._flat(images).split(CHUNK)
+        return torch.cat([self._answers(chunk, self._nearest(chunk)) for chunk in chunks])
 
     @torch.no_grad()
     def analyze(self, images: Tensor) -> Analysis:
-        """Images (B,C,S,S) -> how every class explains them: by its nearest prototype."""
-        check_images(images, channels=self.image_shape[0], size=self.image_shape[1])
-        nearest = torch.cat([self._nearest(chunk) for chunk in images.flatten(1).split(CHUNK)])  # (B,K)
-        energies = torch.cat(
-            [self._energies(*pair) for pair in zip(images.flatten(1).split(CHUNK), nearest.split(CHUNK), strict=True)]
-        )
+        """Images (B,C,S,S) -> how every class explains them, or what it sees of them: by its nearest prototype."""
+        chunks = self._flat(images).split(CHUNK)
+        nearest = [self._nearest(chunk) for chunk in chunks]  # of (b,K)
+        logits = torch.cat([self._answers(*pair) for pair in zip(chunks, nearest, strict=True)])
+        chosen = torch.cat(nearest)
         return Analysis(
-            energies=energies,
-            latents=self.latents[nearest],
-            reconstructions=self.points[nearest].unflatten(2, images.shape[1:]),
-            probabilities=self.posterior(-energies),
+            energies=-logits,
+            latents=self.latents[chosen],
+            reconstructions=self.points[chosen].unflatten(2, images.shape[1:]),
+            probabilities=self.posterior(logits),
         )
 
     def prototypes(self) -> Prototypes:
@@ -109,11 +109,17 @@ class PrototypeABS(Calibrated):
     def _nearest(self, queries: Tensor) -> Tensor:
         return nearest_of_each_class(queries, self.points, self._offsets, self.class_counts)
 
-    def _energies(self, queries: Tensor, nearest: Tensor) -> Tensor:
-        """Queries (B,N) and the nearest prototypes (B,K) -> f / N, (B,K)."""
-        apart = differences(queries, self.points, nearest)  # (B,K,N)
+    def _stored(self) -> tuple[Tensor, Tensor, Sequence[int]]:
+        return self.points, self._offsets, self.class_counts
+
+    def _flat(self, images: Tensor) -> Tensor:
+        check_images(images, channels=self.image_shape[0], size=self.image_shape[1])
+        return images.flatten(1)
+
+    def _answers(self, flat: Tensor, nearest: Tensor) -> Tensor:
+        apart = differences(flat, self.points, nearest)  # (B,K,N)
         energies = apart.square().sum(2) + self.costs[nearest].double()
-        return (energies / queries.shape[1]).to(queries.dtype)
+        return -(energies / flat.shape[1]).to(flat.dtype)
 
     def extra_repr(self) -> str:
         return f"prototypes={self.class_counts}, beta={self.beta}, alpha={self.alpha}, eta={self.eta}"
@@ -141,14 +147,9 @@ class SaturatingPrototypeABS(PrototypeABS):
         super().__init__(decoders, latents, beta=beta, alpha=alpha, eta=eta, refusal=refusal)
         self.response = response
 
-    def forward(self, images: Tensor) -> Tensor:
-        check_images(images, channels=self.image_shape[0], size=self.image_shape[1])
-        return super().forward(self.response(images))
-
-    def analyze(self, images: Tensor) -> Analysis:
-        """Images (B,C,S,S) -> how every class explains their responses."""
-        check_images(images, channels=self.image_shape[0], size=self.image_shape[1])
-        return super().analyze(self.response(images))
+    def _flat(self, images: Tensor) -> Tensor:
+        response: Tensor = self.response(super()._flat(images))
+        return response
 
     def prototypes(self) -> Prototypes:
         """What ``absynth.certificates`` needs."""
