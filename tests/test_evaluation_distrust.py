@@ -19,9 +19,38 @@ from absynth.evaluation import Ledger, model_digest, verify
 from absynth.evaluation.doubts import plant, planted_doubts, with_half_steps
 from absynth.evaluation.judge import judge
 from absynth.norms import L0, L2, LINF
-from evaluation_models import SUITE, Bad, run
+from evaluation_models import SUITE, Bad, Linear, run
 
 # Models that misbehave
+
+
+class Undecided(Linear):
+    """The linear model; where its two best logits are nearly level, the second is ``ahead`` by this share of all."""
+
+    ahead: float | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images).double()
+        if self.ahead is None:
+            return logits
+        best, spread = logits.topk(2), logits.amax(1) - logits.amin(1)
+        level = (best.values[:, 0] - best.values[:, 1] < 0.03 * spread).nonzero()[:, 0]
+        logits[level, best.indices[level, 1]] = best.values[level, 0] + self.ahead * spread[level]
+        return logits
+
+
+@pytest.mark.parametrize(("ahead", "holds"), [(1e-7, True), (1e-5, False)])
+def test_a_tie_is_verified_whoever_is_ahead_by_rounding(tmp_path: Path, ahead: float, holds: bool) -> None:
+    model = Undecided()
+    run(tmp_path, model)
+    assert verify(tmp_path, models={"net": model}).holds
+    Undecided.ahead = ahead
+    try:
+        again = verify(tmp_path, models={"net": model})
+    finally:
+        Undecided.ahead = None
+    assert again.holds == holds
+    assert holds or "the model is not fooled by its image" in {failure.reason for failure in again.failures}
 
 
 @pytest.mark.parametrize("what", ["raises at one image", "nan at one image"])

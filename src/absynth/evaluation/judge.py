@@ -61,11 +61,14 @@ def ask(classifier: Classifier, images: Tensor, classes: int | None = None) -> A
     return Answer(first, second, errors)
 
 
-def is_broken(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (n,K) and true labels (n,) -> (n,) bool: another class is at least as likely as the true one."""
+def is_broken(logits: Tensor, labels: Tensor, rounding: float = 0.0) -> Tensor:
+    """Logits (n,K) and true labels (n,) -> (n,) bool: another class is at least as likely as the true one.
+
+    ``rounding``: the share of the spread of an image's logits by which the other class may be behind.
+    """
     own = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
     rival = logits.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
-    return rival >= own
+    return rival >= own - rounding * (logits.amax(1) - logits.amin(1))
 
 
 def judge(

@@ -20,6 +20,8 @@ from absynth.evaluation.rows import Certificate, CleanRow, ModelRecord, Row
 from absynth.norms import NORMS
 
 BATCH = 128
+#: Classes whose logits differ by less than this share of their spread are level: rounding says which is ahead.
+LEVEL = 1e-6
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ def verify(
 
     Models are loaded by the names in the ledgers and must have the digests written there; ``models`` gives those that
     have no such name. Checked are shape, range and finiteness of each adversarial, its distance from the stored clean
-    image, that the model, asked anew, is fooled by it, that clean answers are what is written down, that statuses fit
-    the numbers, and that no adversarial of any attack lies below a certified radius of kind exact or probabilistic for
-    the same model, image and norm. ``progress`` is called with rows done and rows in all.
+    image, that the model, asked anew, is fooled by it (a true class ahead by less than ``LEVEL`` is a tie), that clean
+    answers are what is written down, that statuses fit the numbers, and that no adversarial of any attack lies below a
+    certified radius of kind exact or probabilistic for the same model, image and norm. ``progress`` is called with rows
+    done and rows in all.
 
     Raises InputError when there is no ledger or one cannot be read. A model that cannot be loaded is reported as
     unchecked.
@@ -208,8 +211,8 @@ def _clean_answers(
     for start in range(0, len(usable), BATCH):
         batch = usable[start : start + BATCH]
         broken = _broken(classifier, [images[row.image][0] for row in batch], [row.label for row in batch])
-        for row, now in zip(batch, broken, strict=True):
-            if now is None or now != row.broken:
+        for row, (surely, perhaps) in zip(batch, broken, strict=True):
+            if not (perhaps if row.broken else surely is False):
                 reason = f"the clean image was {'misclassified' if row.broken else 'classified rightly'}, not so now"
                 failures.append(Failure(model, "", "", row.image, reason))
     return failures
@@ -228,11 +231,10 @@ def _adversarials(
         for start in range(0, len(group), BATCH):
             batch = group[start : start + BATCH]
             broken = _broken(classifier, [image for _, image in batch], [row.label for row, _ in batch])
-            for (row, _), now in zip(batch, broken, strict=True):
-                if not now:
-                    reason = (
-                        "the model is not fooled by its image" if now is False else "the model gives no usable answer"
-                    )
+            for (row, _), (_, perhaps) in zip(batch, broken, strict=True):
+                if not perhaps:
+                    answered = perhaps is not None
+                    reason = "the model is not fooled by its image" if answered else "the model gives no usable answer"
                     failures.append(Failure(model, row.attack, row.norm, row.image, reason))
             done += len(batch)
             if progress is not None:
@@ -240,15 +242,24 @@ def _adversarials(
     return failures
 
 
-def _broken(classifier: Classifier, images: list[Tensor], labels: list[int]) -> list[bool | None]:
-    """Whether the model, asked twice, is wrong about each image; None where it gives no usable answer."""
+def _broken(
+    classifier: Classifier, images: list[Tensor], labels: list[int]
+) -> list[tuple[bool, bool] | tuple[None, None]]:
+    """Whether the model, asked twice, is surely wrong about each image, and whether it is perhaps, up to a tie; None
+    where it gives no usable answer."""
     device = device_of(classifier)
     try:
         answer = ask(classifier, torch.stack(images).to(device))
     except Exception:
         if len(images) == 1:
-            return [None]
+            return [(None, None)]
         return [_broken(classifier, [image], [label])[0] for image, label in zip(images, labels, strict=True)]
     truth = torch.tensor(labels, device=device)
-    both = (is_broken(answer.logits, truth) & is_broken(answer.again, truth)).tolist()
-    return [None if problem else bool(value) for problem, value in zip(answer.errors, both, strict=True)]
+    surely, perhaps = (
+        (is_broken(answer.logits, truth, rounding) & is_broken(answer.again, truth, rounding)).tolist()
+        for rounding in (-LEVEL, LEVEL)
+    )
+    return [
+        (None, None) if problem else (bool(yes), bool(maybe))
+        for problem, yes, maybe in zip(answer.errors, surely, perhaps, strict=True)
+    ]
