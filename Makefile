@@ -1,5 +1,6 @@
 # Every target sets itself up: `make quickstart`, `make test` or `make lint` on a fresh clone is enough.
 PYTHON ?= python3
+TEST_PROCESSES ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -34,7 +35,7 @@ quickstart: $(STAMP)
 
 # The pages' code blocks take longer than all other tests: `make test-docs` executes them.
 test: $(STAMP)
-	$(BIN)/python -m pytest --ignore tests/test_docs.py
+	$(BIN)/python -m pytest --ignore tests/test_docs.py --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 test-docs: $(STAMP)
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -12,7 +12,8 @@ from torch import Tensor
 
 # A runner in the background may ignore Ctrl-C, and the commands that the tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-torch.set_num_threads(2)  # more only oversubscribes the small machines the tests run on
+# More threads only oversubscribe the small machines the tests run on, which two processes share.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 Split = tuple[Tensor, Tensor]
 
