@@ -12,8 +12,13 @@ from torch import Tensor
 
 # A runner in the background may ignore Ctrl-C, and the commands that the tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# More threads only oversubscribe the small machines the tests run on, which two processes share.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+# More threads only oversubscribe the small machines the tests run on. Two processes of tests take a core each, and so
+# do the commands they call: threads that wait for one another spin, and two such pairs on two cores stand still.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 
 Split = tuple[Tensor, Tensor]
 
