@@ -327,6 +327,8 @@ def test_attacked(run: Run, weights: Path, tmp_path: Path) -> None:
     found = document(run(*options, "--out", tmp_path / "one", "--json"))["models"]["cnn"]
     assert {"median", "accuracy", "threshold", "images", "attacks"} <= set(found["l2"])
     assert found["l2"]["images"] == 3
+    again = run(*options, "--out", tmp_path / "one")
+    assert "holds 3 rows: they are kept" in again.err and "all attacks" not in again.out  # there is one
     assert run(*options, "--out", tmp_path / "two", "--seed", 1).code == 0
     assert document(run("verify", tmp_path / "one", "--weights", weights, "--json"))["holds"]
     assert document(run("compare", tmp_path / "one" / "cnn", tmp_path / "two" / "cnn", "--json"))["differences"]

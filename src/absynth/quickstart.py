@@ -22,7 +22,7 @@ from absynth.clean import Clean, answers, measure
 from absynth.errors import InputError
 from absynth.evaluation import Summary, report
 from absynth.inventory import check_writable, describe_model, label_names, problems
-from absynth.reproduction import evaluate_models
+from absynth.reproduction import evaluate_models, what_is_kept
 
 Report = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
 Bar = Callable[[str], AbstractContextManager[Report]]  # a title -> a progress bar
@@ -111,6 +111,8 @@ def run(
         digests = "".join(str(one.digest) for one in described if one.name in ATTACKED)
         # of its own for other weights: a run is about the models it began with
         folder = out / f"run-{dataset}-{hashlib.sha256(digests.encode()).hexdigest()[:8]}"
+        if line := what_is_kept(folder):
+            say(line)
         with bar("attacking") as tell:
             summary = evaluate_models(
                 [name for name in ATTACKED if name in models], dataset, suite="quick", images=attacked, out=folder,

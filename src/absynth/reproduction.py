@@ -24,7 +24,7 @@ from absynth.evaluation import (
     verify,
 )
 from absynth.evaluation.certify import check_request
-from absynth.evaluation.ledger import Ledger, ledger_folders
+from absynth.evaluation.ledger import Ledger, ledger_folders, rows_at_hand
 from absynth.evaluation.reporting import Report, report
 from absynth.evaluation.run import Executor
 from absynth.inventory import describe_model
@@ -37,6 +37,12 @@ def at_hand(weights: str | Path | None = None, root: str | Path | None = None) -
     described = [describe_model(name, folder=weights, root=root) for name in zoo.names()]
     usable = [one.name for one in described if one.problem is None]
     return usable, {one.name: one.problem for one in described if one.problem is not None}
+
+
+def what_is_kept(out: str | Path) -> str:
+    """A line about the rows that a run folder holds already; empty where there are none."""
+    count = rows_at_hand(out)
+    return f"{out} holds {count:,} rows: they are kept, and only what is missing is attacked" if count else ""
 
 
 def evaluate_models(

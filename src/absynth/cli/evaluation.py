@@ -76,8 +76,10 @@ def evaluate(
         else:
             _show_clean(clean)
         return
-    from absynth.reproduction import evaluate_models
+    from absynth.reproduction import evaluate_models, what_is_kept
 
+    if line := what_is_kept(out):
+        note(line)
     with kept(_goes_on(out)), progress("attacking") as report:
         summary = evaluate_models(
             models, data, suite=attacks, norms=norms.split(","), images=100 if images is None else images, out=out,
@@ -211,7 +213,10 @@ def reproduce(
     """The paper's evidence: all models, all attacks, the report."""
     models = model or _at_hand(weights, root)
     from absynth.reproduction import reproduce as run
+    from absynth.reproduction import what_is_kept
 
+    if line := what_is_kept(out):
+        note(line)
     with kept(_goes_on(out)), progress("reproducing") as report:
         files = run(
             models, out, dataset=data, images=images, suite=suite, seed=seed, weights=weights, root=root,
@@ -263,7 +268,8 @@ def show_attacked(summary: Summary) -> None:
     rows = []
     for one in summary.models:
         for norm, cells in one.norms.items():
-            for attack, cell in (*cells.attacks.items(), ("all attacks", cells.all)):
+            together = {"all attacks": cells.all} if len(cells.attacks) > 1 else {}
+            for attack, cell in {**cells.attacks, **together}.items():
                 low, high = cell.accuracy_interval
                 shown = f"{percent(cell.accuracy, 1)} ({percent(low, 0)} – {percent(high, 0)})"
                 rows.append(

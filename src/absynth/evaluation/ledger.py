@@ -353,6 +353,17 @@ def ledger_folders(folders: Iterable[str | Path]) -> list[Path]:
     return found
 
 
+def rows_at_hand(folder: str | Path) -> int:
+    """How many attack rows there are at or below a folder that need not exist. Raises InputError for a ledger that
+    cannot be read."""
+    files = sorted(Path(folder).rglob(FILE_NAME)) if Path(folder).is_dir() else []
+    count = 0
+    for file in files:
+        with Ledger(file.parent) as ledger:
+            count += sum(len(ledger.keys(record.digest)) for record in ledger.models())
+    return count
+
+
 def _row_values(row: Row) -> tuple[Any, ...]:
     blob = None if row.adversarial is None else _pack(row.adversarial)
     shape = None if row.adversarial is None else _shape(row.adversarial)
