@@ -23,15 +23,16 @@ from absynth.norms import L0, Norm
 class BoundaryProjection(Attack):
     """The nearest point of the linearized boundary to the clean image, within the box, iterated to a fixed point.
 
-    At the current image the margin to one rival class is linearized; the *clean* image is projected onto the half-space
-    where it is negative, exactly and within [0,1]; the next image is that point, a little past the boundary, and
-    farther past it with each step that finds nothing. At a fixed point the image is a stationary point of the
-    smallest-perturbation problem. A step that does not improve on the best adversarial of its run goes back to it and
-    halves the way. Of the ``candidates`` likeliest rivals, the ``targets`` whose linearized boundaries are nearest have
-    a run each; a run that lags ``behind`` times the image's best after half of the steps, or that has stopped
-    improving, is ended. A classifier that searches starts from what it found for a run's last image; what came of it is
-    asked again, cold, and an image of which nothing came is searched cold. Needs no step size. Works for L0 too, where
-    the projection uses up pixels in the order of their gain; images on which it finds nothing get greedy flips.
+    At the current image the margin to one rival class is linearized; the *clean* image is projected onto the half-
+    space where it is negative, exactly and within [0,1]; the next image is that point, a little past the boundary,
+    and farther past it with each step that finds nothing. At a fixed point the image is a stationary point of the
+    smallest-perturbation problem. A step that does not improve on the best adversarial of its run goes back to it
+    and halves the way. Of the ``candidates`` likeliest rivals, the ``targets`` whose linearized boundaries are
+    nearest have a run each; a run that is ``behind`` times as far as the image's best after ``head_start`` steps,
+    or that has not improved for ``patience`` steps, is ended. A classifier that searches starts from what it found
+    for a run's last image; what came of it is asked again, cold, and an image of which nothing came is searched
+    cold. Needs no step size. Works for L0 too, where the projection uses up pixels in the order of their gain;
+    images on which it finds nothing get greedy flips.
 
     Source: this project; close to FAB (Croce & Hein 2020, arXiv 1907.02044), which mixes in a projection of the current
     image.
@@ -39,11 +40,12 @@ class BoundaryProjection(Attack):
 
     norm: Norm
     steps: int = 40
-    targets: int = 2
+    targets: int = 4
     candidates: int = 9
     overshoot: float = 0.02
-    behind: float = 1.3
-    patience: int = 12
+    head_start: int = 5
+    behind: float = 1.15
+    patience: int = 8
     bisections: int = 10
 
     family = "boundary-projection"
@@ -51,7 +53,7 @@ class BoundaryProjection(Attack):
     knowledge = "gradient"
     source = "absynth; after Croce & Hein 2020, arXiv 1907.02044"
     deterministic = True
-    queries = "about 50 gradients, 15 predictions"
+    queries = "about 60 gradients, 15 predictions"
     in_small_steps = False  # its runs are followed, several an image
 
     def search(self, problem: Problem) -> Proposals:
@@ -141,7 +143,7 @@ class BoundaryProjection(Attack):
         """Which runs (R,) go on."""
         nearest = torch.full((len(problem),), torch.inf, dtype=torch.float64, device=owner.device)
         nearest = nearest.scatter_reduce(0, owner, best.distance, "amin")[owner]
-        lagging = (best.distance > self.behind * nearest) & (step >= self.steps // 2)
+        lagging = (best.distance > self.behind * nearest) & (step >= self.head_start)
         return ~lagging & ((stale < self.patience) | best.distance.isinf())
 
 
