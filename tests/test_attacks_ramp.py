@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from absynth.attacks.base import Attack, Goal, Problem, Proposals
+from absynth.attacks.binary import Thresholded
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.catalog import ATTACKS, lookup
 from absynth.attacks.gradient import ProjectedGradient
@@ -95,6 +96,53 @@ def test_where_the_plain_gradient_is_0_the_aware_attack_finds_the_adversarial(no
     goal, seeds = Goal.untargeted(torch.zeros(3, dtype=torch.int64)), torch.arange(3)
     assert not BoundaryProjection(norm)(model, images, goal, seeds).found.any()
     assert RampProjection(norm)(model, images, goal, seeds).found.all()
+
+
+class Steps(Linear):
+    """The same behind a threshold: a pixel that helps costs its distance from 1/2, and gives its whole weight."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.response = Threshold()  # type: ignore[assignment]
+
+    def exact(self, image: Tensor, norm: Norm) -> float:
+        """The distance of an image (1,S,S) of class 0; in L2 a lower bound, pixels taken in part."""
+        pixels = image.flatten().double()
+        seen = self.response(pixels)
+        need = float(seen @ self.weights.double() + self.offset)  # a pixel that flips changes the score by its weight
+        gains = torch.where(seen > 0, self.weights.double(), -self.weights.double()).clamp(min=0)
+        costs = {L2: (pixels - 0.5).square(), LINF: (pixels - 0.5).abs(), L0: torch.ones_like(pixels)}[norm]
+        order = (gains if norm == L0 else -costs if norm == LINF else gains / costs.clamp(min=1e-12)).argsort().flip(0)
+        total = gains[order].cumsum(0)
+        last = int((total < need).sum())
+        if norm == LINF:
+            return float(costs[order[last]])
+        if norm == L0:
+            return last + 1.0
+        part = (need - float(total[last] - gains[order[last]])) / float(gains[order[last]])
+        return float(costs[order[:last]].sum() + part * costs[order[last]]) ** 0.5
+
+
+@pytest.mark.parametrize("norm", [L0, L2, LINF], ids=str)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_threshold_is_a_steep_ramp(norm: Norm, seed: int) -> None:
+    model = Steps(seed)
+    images, labels = model.problem()
+    attack = Thresholded(RampProjection(norm))
+    result = attack(model, images, Goal.untargeted(labels), torch.arange(len(images)))
+    assert result.found.all() and Goal.untargeted(labels).met(model(result.images)).all()
+    found = norm.distance(result.images, images)
+    exact = torch.tensor([model.exact(image, norm) for image in images], dtype=torch.float64)
+    assert (exact * (1 - 1e-5) <= found).all()
+    assert found.sum() <= 1.2 * exact.sum()  # where two pixels do it, taking a part of one is much less
+
+
+def test_the_strong_suite_knows_thresholds_and_the_quick_one_stays_quick() -> None:
+    strong = {attack.name for attack in choose_attacks("strong", ("l0", "l2", "linf"), Steps(0))}
+    aware = {name for name in strong if "ramp" in name or "straight" in name}
+    assert aware == {"ramp-greedy-refined-l0", *(f"ramp-projection-refined-{norm}" for norm in ("l0", "l2", "linf"))}
+    quick = choose_attacks("quick", ("l0", "l2", "linf"), Steps(0))
+    assert {attack.family for attack in quick} == {"boundary-projection-refined"}
 
 
 def test_planted_adversarials_are_found() -> None:

@@ -94,6 +94,18 @@ class Ramp(nn.Module):
         return f"a={self.a}"
 
 
+#: Half the width of the ramp that stands for a threshold: less than a gray level of 256, so no such pixel lies on it.
+STEEP = 2.0**-10
+
+
+def ramp_like(classifier: object) -> Ramp | None:
+    """The classifier's ramp, or a steep one in place of its threshold at one half; None for any other."""
+    response = getattr(classifier, "response", None)
+    if isinstance(response, Threshold) and response.level == 0.5:
+        return Ramp(0.5 - STEEP)
+    return ramp_of(classifier)
+
+
 def ramp_of(classifier: object) -> Ramp | None:
     """The ramp that ``classifier`` says it puts its pixels through (``classifier.response``); None for any other."""
     response = getattr(classifier, "response", None)

@@ -212,7 +212,8 @@ def lookup(
 
     A family stands for its attacks in every norm: "deepfool". ``substitute`` is the model transfer attacks run on.
     ``threshold`` makes every attack refine its adversarials for a model that thresholds its input there, ``ramp`` for
-    one that puts it through a ramp; attacks made for such models are left out of suites for others. Raises InputError
+    one that puts it through a ramp; attacks made for such models are left out of suites for others (some are in
+    "strong" for thresholds at one half, too). Raises InputError
     for a name that is neither, or when nothing in ``norm`` is left.
     """
     wanted = names.split(",") if isinstance(names, str) else list(names)
@@ -221,7 +222,8 @@ def lookup(
     for name in (item.strip() for item in wanted):
         if name in SUITES:
             members = [ATTACKS[member] for member in SUITES[name]]
-            chosen |= {one.name: one for one in members if ramp or not is_for_ramps(one)}
+            steep = threshold == 0.5 and name != "quick"  # which is to take minutes
+            chosen |= {one.name: one for one in members if ramp or not is_for_ramps(one) or (steep and _for_steps(one))}
         elif name in ATTACKS:
             chosen[name] = ATTACKS[name]
         elif name in families:
@@ -239,6 +241,11 @@ def lookup(
     if ramp:
         found = [attack if is_for_ramps(attack) else Tightened(attack) for attack in found]
     return found
+
+
+def _for_steps(attack: Attack) -> bool:
+    """Whether an attack made for ramps takes a threshold for a steep one."""
+    return bool(getattr(attack, "for_thresholds", False))
 
 
 def is_for_ramps(attack: Attack) -> bool:

@@ -2,7 +2,8 @@
 
 A model that says what it does to its pixels first (``classifier.response``, a ``Ramp``) is attacked *through* it: the
 gradient is taken on the ramp, for every pixel, and a step takes into account that a pixel gains nothing until it has
-entered the ramp and nothing more once it has left it. A model without a ramp is one with a = 0, all ramp.
+entered the ramp and nothing more once it has left it. A model without a ramp is one with a = 0, all ramp; a threshold
+is the limit of a steep one.
 
 Shapes: B images, N pixels.
 """
@@ -18,8 +19,8 @@ from torch import Tensor
 from absynth.attacks.base import Problem, Proposals
 from absynth.attacks.queries import rows_of
 from absynth.attacks.wrapping import Wrapping
-from absynth.norms import L0, L1, L2, Norm
-from absynth.responses import Ramp, ramp_of
+from absynth.norms import L0, L1, L2, LINF, Norm
+from absynth.responses import STEEP, Ramp, ramp_like, ramp_of
 
 INSIDE = 2.0**-20  # how far from the ends of the ramp a gradient is taken: at an end, rounding could make it zero
 
@@ -34,10 +35,12 @@ class OnTheRamp:
 
     classifier: Callable[[Tensor], Tensor]
     ramp: Ramp
+    # A threshold's gradient is that of its response: a ramp's is steeper by its slope.
+    stretch: float = 1.0
 
     def select(self, rows: Tensor) -> OnTheRamp:
         """The same for the images ``rows`` (n,) of the batch only."""
-        return OnTheRamp(rows_of(self.classifier, rows), self.ramp)
+        return OnTheRamp(rows_of(self.classifier, rows), self.ramp, self.stretch)
 
     def __call__(self, images: Tensor) -> Tensor:
         if not images.requires_grad:
@@ -45,7 +48,8 @@ class OnTheRamp:
         clean = images.detach()
         edge = min(INSIDE, (0.5 - self.ramp.a) / 2)
         inside = self.ramp.inverse(self.ramp(clean)).clamp(self.ramp.a + edge, 1 - self.ramp.a - edge)
-        return self.classifier(inside + (images - clean))  # the difference is exactly 0 and has gradient 1
+        # the difference is exactly 0
+        return self.classifier(inside + self.stretch * (images - clean))
 
     def analyze(self, images: Tensor) -> object:
         """The classifier's own analysis."""
@@ -54,8 +58,9 @@ class OnTheRamp:
 
 def through(problem: Problem) -> tuple[Problem, Ramp]:
     """The problem with gradients of the straight line, and the ramp; a = 0 where the model has none."""
-    ramp = ramp_of(problem.classifier) or Ramp(0.0)
-    classifier = OnTheRamp(problem.classifier, ramp)
+    own = ramp_of(problem.classifier)
+    ramp = own or ramp_like(problem.classifier) or Ramp(0.0)
+    classifier = OnTheRamp(problem.classifier, ramp, 1.0 if own else ramp.slope)
     return Problem(classifier, problem.images, problem.goal, problem.seeds, problem.norm), ramp
 
 
@@ -123,7 +128,6 @@ def onto_halfspace(norm: Norm, ramp: Ramp, images: Tensor, gradient: Tensor, nee
     reached = (w * length).sum(1) >= need
     if norm in (L0, L1):
         amount = _fill(w * length if norm == L0 else w * length / end.clamp(min=1e-300), w, entry, length, need)
-        amount = torch.where(amount > 0, end, 0.0) if norm == L0 else amount
     elif norm == L2:
         amount = _shortest(w, entry, length, need)
     else:
@@ -133,6 +137,9 @@ def onto_halfspace(norm: Norm, ramp: Ramp, images: Tensor, gradient: Tensor, nee
 
         gained = level(_multiplier(level, w, need, torch.ones_like(need)))
         amount = torch.where(gained > 0, entry + gained, 0.0)
+    # more of a pixel is free in L0; and a threshold gives all of it or nothing
+    if norm == L0 or (norm != LINF and ramp.a >= 0.5 - STEEP):
+        amount = torch.where(amount > 0, end, 0.0)
     amount = torch.where(reached.unsqueeze(1), amount, end)
     amount = torch.where((need > 0).unsqueeze(1), amount, 0.0)
     return (direction * amount).view(shape).to(images.dtype), reached
@@ -166,7 +173,9 @@ def _shortest(w: Tensor, entry: Tensor, length: Tensor, need: Tensor) -> Tensor:
         moved = torch.minimum(pull, end)
         return torch.where(2 * pull * (moved - entry) > moved.square(), moved - entry, 0.0)
 
-    most = torch.full_like(need, 4.0) / torch.where(w > 0, w, torch.inf).amin(1).clamp(max=1e12)
+    # at this pull a pixel has jumped and is at its end
+    pull = torch.maximum(end, end.square() / (2 * length.clamp(min=1e-12)))
+    most = 1.01 * torch.where(w > 0, pull / w.clamp(min=1e-12), 0.0).amax(1)
     multiplier = _multiplier(jumping, w, need, most)
     gained = w * jumping(multiplier)
     # pixels that jump together, at this very multiplier, need not all do so: as many as it takes, those of most gain

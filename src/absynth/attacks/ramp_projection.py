@@ -47,12 +47,13 @@ class RampProjection(Attack):
     clean image is projected with what every pixel really gains: it stays where it is, or jumps onto the ramp and moves
     there. A step that does not improve on the best adversarial of its run mixes its margin with the one that led there,
     half and half, then less. In the end the margin asked for is bisected. ``restarts`` adds runs from random images
-    whose pixels lie inside the ramp. For a model without a ramp it is another boundary projection.
+    whose pixels lie inside the ramp. A threshold is taken for a steep ramp; for a model that has neither this is
+    another boundary projection.
     """
 
     norm: Norm
     steps: int = 40
-    targets: int = 2
+    targets: int = 4
     candidates: int = 9
     restarts: int = 0
     overshoot: float = 0.02
@@ -65,6 +66,7 @@ class RampProjection(Attack):
     knowledge = "gradient"
     source = "absynth; after Croce & Hein 2020, arXiv 1907.02044"
     for_ramps = True
+    for_thresholds = True
 
     @property
     def deterministic(self) -> bool:
@@ -199,6 +201,7 @@ class RampGreedy(Attack):
     deterministic = True
     queries = "as many gradients as pixels, 50 predictions"
     for_ramps = True
+    for_thresholds = True
 
     def search(self, problem: Problem) -> Proposals:
         aware, ramp = through(problem)
