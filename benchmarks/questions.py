@@ -1,9 +1,11 @@
-"""What a question about a slightly moved image costs ABS, and how far its answer is from a cold one.
+"""What a question about a slightly moved image costs, and for ABS how far its answer is from a cold one.
 
     python benchmarks/questions.py
 
 Eight test images with noise, 64 copies of each moved by a random step of the given length: asked cold, followed, and
 answered around the image. Errors are mean differences of the energies of the two best classes to those asked cold.
+Then the models that compare with all that they have stored, about one pixel moved: their answers are the same, which is
+checked, and 64 test images say how far a list of points reaches.
 Needs MNIST (``ABSYNTH_DATA``).
 """
 
@@ -18,6 +20,7 @@ from torch import Tensor
 import absynth
 from absynth import data
 from absynth.classifiers import ABS
+from absynth.shortlist import ComparesAll, shortlist
 
 IMAGES, COPIES, LENGTHS = 8, 64, (0.02, 0.3, 1.0)
 
@@ -47,6 +50,26 @@ def main() -> None:
             error = images[0].numel() * (logits - cold).gather(1, best).abs().mean().item()
             line += f", {name} {seconds:.2f} ms (error {error:.4f})"
         print(line)
+    for name in ("nearest-neighbor", "prototype-abs"):
+        stored(name)
+
+
+@torch.no_grad()
+def stored(name: str) -> None:
+    """The cost for a model that compares with all it has stored."""
+    model = absynth.load(name)
+    assert isinstance(model, ComparesAll)
+    images = data.load("mnist", "test")[0][:64]
+    reach = shortlist(images.flatten(1), *model._stored()).reach
+    known = model.follow(images[:4])[1]
+    owner = torch.arange(4).repeat_interleave(images[0].numel())
+    moved = images[owner].flatten(1)
+    moved[torch.arange(len(owner)), torch.arange(len(owner)) % moved.shape[1]] += 0.02
+    moved = moved.clamp(0, 1).view(-1, *images.shape[1:])
+    cold, whole = timed(model, moved)
+    around, listed = timed(lambda x: model.around(x, known, owner), moved)
+    torch.testing.assert_close(around, cold, rtol=0, atol=1e-6)
+    print(f"{name}: whole {whole:.2f} ms, around {listed:.2f} ms; lists reach {reach.median():.2f} in the median")
 
 
 def timed(answer: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, float]:

@@ -14,7 +14,7 @@ from absynth.attacks.binary import Thresholded
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.catalog import ATTACKS, lookup
 from absynth.attacks.gradient import ProjectedGradient
-from absynth.attacks.ramp import OnTheRamp, Straight, Tightened, onto_halfspace
+from absynth.attacks.ramp import OnTheRamp, Straight, Tightened, onto_halfspace, through
 from absynth.attacks.ramp_projection import RampGreedy, RampProjection
 from absynth.attacks.search import SmallestRadius
 from absynth.certificates import Prototypes, certified_radii
@@ -135,6 +135,16 @@ def test_a_threshold_is_a_steep_ramp(norm: Norm, seed: int) -> None:
     exact = torch.tensor([model.exact(image, norm) for image in images], dtype=torch.float64)
     assert (exact * (1 - 1e-5) <= found).all()
     assert found.sum() <= 1.2 * exact.sum()  # where two pixels do it, taking a part of one is much less
+
+
+def test_the_gradient_through_a_threshold_is_that_of_its_steep_ramp() -> None:
+    model = Steps(0)
+    images, labels = model.problem()
+    aware, ramp = through(Problem(model, images, Goal.untargeted(labels), torch.arange(len(images)), L2))
+    margins, gradients = aware.margin_and_gradient(images)
+    torch.testing.assert_close(margins, aware.goal.margin(model(images)))
+    expected = (2 * ramp.slope * model.weights).expand(len(images), -1)  # of both logits
+    torch.testing.assert_close(gradients.flatten(1), expected)
 
 
 def test_the_strong_suite_knows_thresholds_and_the_quick_one_stays_quick() -> None:

@@ -40,10 +40,8 @@ def nearest_of_each_class(queries: Tensor, points: Tensor, offsets: Tensor, coun
 def exactly_nearest(queries: Tensor, points: Tensor, offsets: Tensor, scores: Tensor, indices: Tensor) -> Tensor:
     """Which of the points ``indices`` (B,I), with these ``scores`` (B,I) in ascending order, is nearest to each of the
     queries (B,N): (B,). Compared in float64 where rounding may have decided; of equals the first point."""
-    # twice the error of a score, for points in [0,1], whose ||p||_1 is at most N (see `rounding_slack`)
-    error = 2 * relative_error(points.shape[1] + 2) * (float(offsets.abs().max()) + points.shape[1])
     chosen = indices[:, 0].clone()
-    close = scores <= scores[:, :1] + error  # (B,I)
+    close = scores <= scores[:, :1] + 2 * score_error(points, offsets)  # (B,I)
     rows = (close.sum(1) > 1).nonzero()[:, 0]
     if len(rows):
         place, column = close[rows].nonzero(as_tuple=True)  # pairs: one of the rows, one of its points
@@ -60,6 +58,12 @@ def exactly_nearest(queries: Tensor, points: Tensor, offsets: Tensor, scores: Te
 def differences(queries: Tensor, points: Tensor, indices: Tensor) -> Tensor:
     """Queries (B,N), indices (B,I) of points -> queries minus points (B,I,N) in float64, so that no digit is lost."""
     return queries[:, None].double() - points[indices].double()
+
+
+def score_error(points: Tensor, offsets: Tensor) -> float:
+    """By how much a score, half of what is minimized, errs in float32 at most: as for ``rounding_slack``, for any
+    points in [0,1], whose ||p||_1 is at most N."""
+    return relative_error(points.shape[1] + 2) * (float(offsets.abs().max()) + points.shape[1])
 
 
 def rounding_slack(points: Tensor, offsets: Tensor) -> float:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from absynth.nearest import KEPT, exactly_nearest, relative_error
+from absynth.nearest import KEPT, exactly_nearest, score_error
 
 LISTED = 64  # points of each class
 CHUNK = 64  # images listed at once: bounds the memory
@@ -64,8 +64,7 @@ def shortlist(images: Tensor, points: Tensor, offsets: Tensor, counts: Sequence[
 def _shortlist(images: Tensor, points: Tensor, offsets: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     scores = torch.addmm(offsets, images, points.T, alpha=-1)  # (U,M): half of what is minimized, up to ||x||^2 / 2
     squares = images.double().square().sum(1, keepdim=True)  # (U,1)
-    # the error of what is minimized, by that of its three sums (see `nearest.rounding_slack`)
-    error = 2 * relative_error(points.shape[1] + 2) * (float(offsets.abs().max()) + points.shape[1])
+    error = 2 * score_error(points, offsets)  # of what is minimized, twice a score
     indices, reach, start = [], [], 0
     for class_scores in torch.split(scores, list(counts), dim=1):
         size = class_scores.shape[1]

@@ -23,16 +23,16 @@ from absynth.norms import L0, Norm
 class BoundaryProjection(Attack):
     """The nearest point of the linearized boundary to the clean image, within the box, iterated to a fixed point.
 
-    At the current image the margin to one rival class is linearized; the *clean* image is projected onto the half-
-    space where it is negative, exactly and within [0,1]; the next image is that point, a little past the boundary,
-    and farther past it with each step that finds nothing. At a fixed point the image is a stationary point of the
-    smallest-perturbation problem. A step that does not improve on the best adversarial of its run goes back to it
-    and halves the way. Of the ``candidates`` likeliest rivals, the ``targets`` whose linearized boundaries are
-    nearest have a run each; a run that is ``behind`` times as far as the image's best after ``head_start`` steps,
-    or that has not improved for ``patience`` steps, is ended. A classifier that searches starts from what it found
-    for a run's last image; what came of it is asked again, cold, and an image of which nothing came is searched
-    cold. Needs no step size. Works for L0 too, where the projection uses up pixels in the order of their gain;
-    images on which it finds nothing get greedy flips.
+    At the current image the margin to one rival class is linearized; the *clean* image is projected onto the half-space
+    where it is negative, exactly and within [0,1]; the next image is that point, a little past the boundary, and
+    farther past it with each step that finds nothing. At a fixed point the image is a stationary point of the
+    smallest-perturbation problem. A step that does not improve on the best adversarial of its run goes back to it and
+    halves the way. Of the ``candidates`` likeliest rivals, the ``targets`` whose linearized boundaries are nearest have
+    a run each; a run that is ``behind`` times as far as the image's best after ``head_start`` steps, or that has not
+    improved for ``patience`` steps, is ended. A classifier that searches starts from what it found for a run's last
+    image; what came of it is asked again, cold, and an image of which nothing came is searched cold. Needs no step
+    size. Works for L0 too, where the projection uses up pixels in the order of their gain; images on which it finds
+    nothing get greedy flips.
 
     Source: this project; close to FAB (Croce & Hein 2020, arXiv 1907.02044), which mixes in a projection of the current
     image.

@@ -213,8 +213,8 @@ def lookup(
     A family stands for its attacks in every norm: "deepfool". ``substitute`` is the model transfer attacks run on.
     ``threshold`` makes every attack refine its adversarials for a model that thresholds its input there, ``ramp`` for
     one that puts it through a ramp; attacks made for such models are left out of suites for others (some are in
-    "strong" for thresholds at one half, too). Raises InputError
-    for a name that is neither, or when nothing in ``norm`` is left.
+    "strong" for thresholds at one half, too). Raises InputError for a name that is neither, or when nothing in ``norm``
+    is left.
     """
     wanted = names.split(",") if isinstance(names, str) else list(names)
     chosen: dict[str, Attack] = {}

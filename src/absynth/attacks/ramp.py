@@ -58,9 +58,8 @@ class OnTheRamp:
 
 def through(problem: Problem) -> tuple[Problem, Ramp]:
     """The problem with gradients of the straight line, and the ramp; a = 0 where the model has none."""
-    own = ramp_of(problem.classifier)
-    ramp = own or ramp_like(problem.classifier) or Ramp(0.0)
-    classifier = OnTheRamp(problem.classifier, ramp, 1.0 if own else ramp.slope)
+    ramp = ramp_like(problem.classifier) or Ramp(0.0)
+    classifier = OnTheRamp(problem.classifier, ramp, 1.0 if ramp_of(problem.classifier) else ramp.slope)
     return Problem(classifier, problem.images, problem.goal, problem.seeds, problem.norm), ramp
 
 
