@@ -24,7 +24,15 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from absynth.candidates import DECODE_CHUNK, REFINE_CHUNK, Candidates, curvature, inverse_curvature, matrix_vector
+from absynth.candidates import (
+    DECODE_CHUNK,
+    REFINE_CHUNK,
+    Candidates,
+    chunk_size,
+    curvature,
+    inverse_curvature,
+    matrix_vector,
+)
 from absynth.decoding import Activations, FoldedDecoder
 
 METHODS = ("quasi-newton", "levenberg-marquardt", "adam")
@@ -207,7 +215,8 @@ class _Problems:
         return torch.arange(len(self.latents), device=self.latents.device)
 
     def chunks(self, problems: Tensor, size: int) -> Iterator[tuple[FoldedDecoder, Tensor]]:
-        """The problems (P',), class by class, at most ``size`` at a time, each with its class's decoder."""
+        """The problems (P',), class by class, at most ``size`` at a time on a CPU, each with its class's decoder."""
+        size = chunk_size(size, self.blocks)
         classes = problems % len(self.decoders)
         for number, decoder in enumerate(self.decoders):
             for chunk in problems[classes == number].split(size):

@@ -18,6 +18,12 @@ CAUTION = 0.2  # share of its diagonal added to a curvature before it is inverte
 # Sizes that keep a chunk's activations in the cache (docs/performance.md).
 DECODE_CHUNK = 64
 REFINE_CHUNK = 48
+CUDA_CHUNK = 10_000  # at once on a GPU, where a chunk's cost is that of launching its kernels
+
+
+def chunk_size(on_a_cpu: int, like: Tensor) -> int:
+    """How many latents to treat at once where ``like`` lies."""
+    return CUDA_CHUNK if like.is_cuda else on_a_cpu
 
 
 def prior_candidates(count: int = 8000, latent_size: int = 8, seed: int = 0, surplus: float = 1.111) -> Tensor:
@@ -50,7 +56,7 @@ class Candidates(nn.Module):
         super().__init__()
         anchors = latents[:: max(1, -(-len(latents) // ANCHORS))]
         if derived is None:
-            points = torch.cat([decoder(chunk) for chunk in latents.split(DECODE_CHUNK)])
+            points = torch.cat([decoder(chunk) for chunk in latents.split(chunk_size(DECODE_CHUNK, latents))])
             # half of what an energy has besides ||x||^2 - 2 x.p
             offsets = points.double().square().sum(1) / 2 + beta / 4 * latents.double().square().sum(1)
             inverses = inverse_curvature(decoder, anchors, beta)
@@ -85,7 +91,7 @@ class Candidates(nn.Module):
 def inverse_curvature(decoder: FoldedDecoder, latents: Tensor, beta: float) -> Tensor:
     """The inverse (P,D,D) of J'J + beta/2 I at latents (P,D), its diagonal enlarged by ``CAUTION``."""
     found = []
-    for chunk in latents.split(REFINE_CHUNK):
+    for chunk in latents.split(chunk_size(REFINE_CHUNK, latents)):
         matrix = curvature(decoder.tangents(decoder.activations(chunk)), beta)
         matrix.diagonal(dim1=1, dim2=2).mul_(1 + CAUTION).add_(1e-6)  # where no pixel answers and beta is 0
         found.append(torch.linalg.inv(matrix))

@@ -51,3 +51,15 @@ def check_images(images: Tensor, *, channels: int = 1, size: int | None = 28) ->
         else:
             hint = "undo any normalization, or use images.clamp(0, 1)"
         raise InputError(f"images has values from {low:.4g} to {high:.4g}, expected {expected}: {hint}")
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name, e.g. "cpu" or "cuda". Raises InputError for one that is not there."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}): use cpu, or cuda where there is a GPU"
+        ) from error
+    return device

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from absynth.analysis import DEFAULT, FOLLOWING, Found, Schedule, analyze, join
+from absynth.candidates import chunk_size
 from absynth.checks import check_images
-from absynth.decoding import FoldedDecoder, from_blocks, to_blocks
+from absynth.decoding import FoldedDecoder, from_blocks, to_blocks, whole_precision
 from absynth.errors import InputError
 from absynth.kept import candidates_of
 from absynth.neighbors import energies_around
@@ -150,7 +151,7 @@ class ABS(Calibrated):
     def forward(self, images: Tensor) -> Tensor:
         self.check(images)
         seen = self.response(images)
-        parts = [to_blocks(chunk) for chunk in seen.split(IMAGE_CHUNK)]
+        parts = [to_blocks(chunk) for chunk in seen.split(chunk_size(IMAGE_CHUNK, seen))]
         return torch.cat([self._negative_energies(part, self._find(part.detach(), True)) for part in parts])
 
     def follow(self, images: Tensor, before: Found | None = None) -> tuple[Tensor, Found]:
@@ -162,9 +163,10 @@ class ABS(Calibrated):
         """
         self.check(images)
         logits, found = [], []
-        for number, chunk in enumerate(self.response(images).split(IMAGE_CHUNK)):
+        size = chunk_size(IMAGE_CHUNK, images)
+        for number, chunk in enumerate(self.response(images).split(size)):
             blocks = to_blocks(chunk)
-            rows = slice(number * IMAGE_CHUNK, number * IMAGE_CHUNK + len(blocks))
+            rows = slice(number * size, number * size + len(blocks))
             found.append(self._find(blocks.detach(), True, starts=None if before is None else before.rows(rows)))
             logits.append(self._negative_energies(blocks, found[-1]))
         return torch.cat(logits), join(found)
@@ -179,13 +181,16 @@ class ABS(Calibrated):
         def energies(rows: slice) -> Tensor:
             return energies_around(self.folded, blocks[rows], before, owner[rows], beta=self.beta, scales=self.scales)
 
-        return -torch.cat(side_by_side(energies, self._shares(blocks))) * (self.scales / blocks.shape[1])
+        with whole_precision(blocks):
+            found = torch.cat(side_by_side(energies, self._shares(blocks)))
+        return -found * (self.scales / blocks.shape[1])
 
     @torch.no_grad()
     def analyze(self, images: Tensor, *, schedule: Schedule | None = None) -> Analysis:
         """Images (B,C,S,S) -> how every class explains them; ``schedule`` overrides the classifier's own."""
         self.check(images)
-        parts = [self._find(to_blocks(chunk), False, schedule) for chunk in self.response(images).split(IMAGE_CHUNK)]
+        chunks = self.response(images).split(chunk_size(IMAGE_CHUNK, images))
+        parts = [self._find(to_blocks(chunk), False, schedule) for chunk in chunks]
         energies = torch.cat([self._normalized(part) for part in parts])
         return Analysis(
             energies=energies,
@@ -216,7 +221,8 @@ class ABS(Calibrated):
                 starts=None if starts is None else starts.rows(rows),
             )
 
-        return join(side_by_side(find, self._shares(blocks)))
+        with whole_precision(blocks):
+            return join(side_by_side(find, self._shares(blocks)))
 
     def _shares(self, blocks: Tensor) -> list[slice]:
         """The parts of a batch that threads take."""

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from absynth import data, zoo
+from absynth.checks import usable_device
 from absynth.errors import InputError
+from absynth.evaluation.judge import device_of
 from absynth.evaluation.plan import image_indices, load_model
 from absynth.evaluation.statistics import wilson_interval
 
@@ -60,10 +62,11 @@ def measure(
     if not len(images) or labels.shape != images.shape[:1]:
         raise InputError(f"{len(images)} images and labels {tuple(labels.shape)}: give a label an image")
     given, parts = [], []
+    device = device_of(model)
     for chunk in images.split(BATCH):
-        chosen, probabilities = answers(model, chunk)
-        given.append(chosen)
-        parts.append(probabilities)
+        chosen, probabilities = answers(model, chunk.to(device))
+        given.append(chosen.cpu())
+        parts.append(probabilities.cpu())
         if progress is not None:
             progress(sum(len(part) for part in parts), len(images), "")
     found = torch.cat(parts)  # (N,K)
@@ -93,13 +96,15 @@ def measure_models(
     weights: str | Path | None = None,
     root: str | Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Clean]:
     """Measure models on the first ``images`` test images of a data set (None: 1,000, or all where there are fewer).
 
     ``models``: names of the zoo, with weights from the folder ``weights``, paths of weight files, or
-    ``package.module:factory``. Raises InputError for anything that is not there or does not fit.
+    ``package.module:factory``; on ``device``. Raises InputError for anything that is not there or does not fit.
     """
-    classifiers = {name: load_any(name, weights=weights, root=root) for name in models}
+    place = usable_device(device)
+    classifiers = {name: load_any(name, weights=weights, root=root).to(place) for name in models}
     pictures, labels = data.load(dataset, "test", root)
     chosen = list(image_indices(min(1000, len(pictures)) if images is None else images, len(pictures)))
     found: dict[str, Clean] = {}

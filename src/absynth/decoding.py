@@ -11,6 +11,8 @@ N = C*S*S values an image.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -33,6 +35,22 @@ def from_blocks(blocks: Tensor, channels: int = 1) -> Tensor:
     folded = blocks.reshape(-1, channels * BLOCK**2, side, side)  # (...,N) -> (P,C*16,S/4,S/4)
     images = F.pixel_shuffle(folded, BLOCK)
     return images.reshape(*blocks.shape[:-1], *images.shape[1:])
+
+
+@contextmanager
+def whole_precision(like: Tensor) -> Iterator[None]:
+    """Where ``like`` lies on a GPU: convolutions of float32 in float32, where cuDNN would take ten bits of each number,
+    and by algorithms that give the same answer every time."""
+    if not like.is_cuda:
+        yield
+        return
+    library = torch.backends.cudnn
+    before = library.allow_tf32, library.deterministic
+    library.allow_tf32, library.deterministic = False, True
+    try:
+        yield
+    finally:
+        library.allow_tf32, library.deterministic = before
 
 
 class Activations(NamedTuple):

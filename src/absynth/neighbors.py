@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from absynth.analysis import FOLLOWING, Found, Schedule, in_the_running, into_ball
-from absynth.candidates import REFINE_CHUNK, curvature, matrix_vector
+from absynth.candidates import REFINE_CHUNK, chunk_size, curvature, matrix_vector
 from absynth.decoding import FoldedDecoder
 
 
@@ -46,7 +46,7 @@ def energies_around(
         latents = found.latents[held, number]  # (U',D)
         jacobian = decoder.tangents(decoder.activations(latents))  # (U',D,N)
         inverse = torch.linalg.inv(curvature(jacobian, beta))
-        for part in torch.arange(len(rows), device=rows.device).split(REFINE_CHUNK):
+        for part in torch.arange(len(rows), device=rows.device).split(chunk_size(REFINE_CHUNK, rows)):
             images, here = rows[part], place[part]
             targets, start = blocks[images], latents[here]
             residual = targets - found.blocks[held[here], number]

@@ -158,7 +158,9 @@ def parse(name: str) -> Norm:
 
 def _column(radius: Tensor | float, delta: Tensor) -> Tensor:
     """A number or (B,) as (B,1) beside a flattened perturbation."""
-    column = torch.as_tensor(radius, dtype=delta.dtype, device=delta.device)
+    if not isinstance(radius, Tensor):
+        return delta.new_full((len(delta), 1), radius)  # without a copy to the device, which would wait for it
+    column = radius.to(device=delta.device, dtype=delta.dtype)
     return column.expand(len(delta)).unsqueeze(1)  # () or (B,) -> (B,1)
 
 

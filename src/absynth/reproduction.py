@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from absynth import data, zoo
+from absynth.checks import usable_device
 from absynth.clean import load_any
 from absynth.errors import InputError
 from absynth.evaluation import (
@@ -59,13 +62,16 @@ def evaluate_models(
     progress: Told | None = None,
     cluster: str | None = None,
     probe: bool = True,
+    device: str | torch.device = "cpu",
 ) -> Summary:
     """Attack each model (as ``absynth.clean.load_any`` takes them) into a run folder of its own below ``out``.
 
     Called again, it goes on where it was interrupted. ``cluster`` is the address of a Ray cluster that computes the
-    batches, see ``absynth.distributed.connect``. Arguments and errors as for ``absynth.evaluation.evaluate``.
+    batches, see ``absynth.distributed.connect``; without one they are computed on ``device``. Arguments and errors as
+    for ``absynth.evaluation.evaluate``.
     """
-    classifiers = {name: load_any(name, weights=weights, root=root) for name in models}
+    place = usable_device(device)
+    classifiers = {name: load_any(name, weights=weights, root=root).to(place) for name in models}
     with _executors(cluster, models, weights, root) as executors:
         for name, classifier in classifiers.items():
 
@@ -185,6 +191,7 @@ def reproduce(
     root: str | Path | None = None,
     progress: Told | None = None,
     cluster: str | None = None,
+    device: str | torch.device = "cpu",
 ) -> Report:
     """The paper's evidence: every model under the paper's attacks and the strong ones, distal images, the report.
 
@@ -192,7 +199,7 @@ def reproduce(
     """
     evaluate_models(
         models, dataset, suite=suite, images=images, out=out, seed=seed, weights=weights, root=root, progress=progress,
-        cluster=cluster,
+        cluster=cluster, device=device,
     )  # fmt: skip
     distal_images(models, out, dataset=dataset, seed=seed, weights=weights, root=root, progress=progress)
     return report(out)

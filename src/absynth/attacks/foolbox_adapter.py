@@ -201,7 +201,11 @@ class Foolbox(Attack):
 
     def search(self, problem: Problem) -> Proposals:
         count = len(problem)
-        starts = starting_points(problem) if self._entry.starts else Proposals(problem.images, torch.ones(count).bool())
+        starts = (
+            starting_points(problem)
+            if self._entry.starts
+            else Proposals(problem.images, problem.images.new_ones(count, dtype=torch.bool))
+        )
         todo = starts.found.nonzero().squeeze(1)
         best = Best(problem)
         if self._entry.starts:
@@ -260,6 +264,7 @@ def _seeded(seed: int) -> Iterator[None]:
     numpy_state = np.random.get_state()
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(seed)
+        torch.cuda.manual_seed_all(seed)  # nothing where there is no GPU
         np.random.seed(seed % 2**32)
         try:
             yield

@@ -167,7 +167,7 @@ def run_procedures(
             batch, asked = asked[:count], asked[count:]
             lengths = [len(candidates) for _, candidates in batch]
             rows = torch.tensor([owner[index] for index, _ in batch]).repeat_interleave(torch.tensor(lengths))
-            images = torch.cat([candidates for _, candidates in batch])
+            images = torch.cat([candidates for _, candidates in batch]).to(problem.images.device)
             margins = problem.rows(rows.to(images.device)).margin(images).cpu().numpy()
             for (index, _), part in zip(batch, np.split(margins, np.cumsum(lengths)[:-1]), strict=True):
                 if (entry := advance(index, part)) is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from absynth.cli.options import Cluster, Json, Models, Root, Weights
+from absynth.cli.options import Cluster, Device, Json, Models, Root, Weights
 from absynth.cli.output import emit, kept, note, percent, progress, table
 from absynth.errors import InputError
 
@@ -59,6 +59,7 @@ def evaluate(
     ),
     seed: Seed = 0,
     cluster: Cluster = None,
+    device: Device = "cpu",
     weights: Weights = None,
     root: Root = None,
     json: Json = False,
@@ -69,7 +70,7 @@ def evaluate(
         from absynth.clean import measure_models
 
         with progress("evaluating") as report:
-            clean = measure_models(models, data, images, weights=weights, root=root, progress=report)
+            clean = measure_models(models, data, images, weights=weights, root=root, progress=report, device=device)
         if json:
             count = next(iter(clean.values())).images
             emit({"data": data, "images": count, "models": {name: asdict(one) for name, one in clean.items()}})
@@ -83,7 +84,7 @@ def evaluate(
     with kept(_goes_on(out)), progress("attacking") as report:
         summary = evaluate_models(
             models, data, suite=attacks, norms=norms.split(","), images=100 if images is None else images, out=out,
-            seed=seed, weights=weights, root=root, progress=report, cluster=cluster,
+            seed=seed, weights=weights, root=root, progress=report, cluster=cluster, device=device,
         )  # fmt: skip
     if json:
         emit(summary.to_json())
@@ -206,6 +207,7 @@ def reproduce(
     data: Data = "mnist",
     seed: Seed = 0,
     cluster: Cluster = None,
+    device: Device = "cpu",
     weights: Weights = None,
     root: Root = None,
     json: Json = False,

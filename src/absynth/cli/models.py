@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from absynth.cli.options import Json, Root, Weights
+from absynth.cli.options import Device, Json, Root, Weights
 from absynth.cli.output import emit, kept, note, percent, progress, table
 from absynth.errors import InputError
 
@@ -76,6 +76,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the weight file.")] = Path("weights"),
     seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = 0,
     effort: Annotated[float, typer.Option(help="Factor on the training steps; 1 is the shipped quality.")] = 1.0,
+    device: Device = "cpu",
     root: Root = None,
     json: Json = False,
 ) -> None:
@@ -89,7 +90,7 @@ def train(
     check_trainable(name, out)
     resume = f"what was trained is kept in {out / (name + '.training')}; the same command goes on from there"
     with kept(resume), progress(f"training {name}") as report:
-        path = run(name, data, out=out, seed=seed, root=root, effort=effort, progress=report)
+        path = run(name, data, out=out, seed=seed, root=root, effort=effort, progress=report, device=device)
     header = read(path).header
     if json:
         emit(

@@ -15,6 +15,7 @@ Root = Annotated[
 Weights = Annotated[
     Path | None, typer.Option(help="Folder with weight files, as 'absynth train' writes. Default: the shipped ones.")
 ]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, or cuda on a machine with a GPU.")]
 Cluster = Annotated[
     str | None,
     typer.Option(

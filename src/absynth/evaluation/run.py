@@ -15,6 +15,7 @@ from absynth.attacks.base import Attack, Classifier
 from absynth.errors import InputError
 from absynth.evaluation import doubts as doubting
 from absynth.evaluation.jobs import clean_rows, run_job
+from absynth.evaluation.judge import device_of
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import Job, Plan, choose_attacks, image_indices, load_model, model_digest
 from absynth.evaluation.rows import AttackRecord, CleanRow, ModelRecord, Row
@@ -51,7 +52,7 @@ def evaluate(
     *,
     name: str | None = None,
     root: str | Path | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     probe: bool = True,
     retry_errors: bool = False,
     executor: Executor | None = None,
@@ -63,7 +64,8 @@ def evaluate(
     attack's name, several separated by commas, ``"none"``, or attacks. ``images`` is how many of the split's first, or
     their indices. ``probe`` puts the questions of ``absynth.evaluation.doubts`` to model and attacks. ``retry_errors``
     tries images again that an earlier run marked as errors. ``executor`` computes the batches (default: this process);
-    ``absynth.distributed.connect`` gives one that does so on a cluster.
+    ``absynth.distributed.connect`` gives one that does so on a cluster. ``batch_size``: images attacked at once, and
+    written at once; None: 32, on a GPU 256.
 
     Interrupted at any instant, it loses at most the batch in flight; called again, it goes on. Models or attacks that
     fail give rows with status ``error`` and the rest goes on. Raises InputError for bad input and for a folder that
@@ -81,7 +83,7 @@ def evaluate(
         split=split,
         data_digest=datasets.digest(pictures, labels),
         seed=seed,
-        batch_size=batch_size,
+        batch_size=batch_size or (256 if device_of(classifier).type == "cuda" else 32),
     )
     with Ledger(out, write=True) as ledger:
         if retry_errors:

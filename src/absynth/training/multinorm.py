@@ -164,9 +164,9 @@ def train_noisy(
     return _fit("noisy", build, images, labels, config, prepare, measure, checkpoint, progress)
 
 
-def _balls_recipe(radii: tuple[tuple[str, float], ...]) -> Callable[[recipes.Run, float], Any]:
+def _balls_recipe(radii: tuple[tuple[str, float], ...], **settings: Any) -> Callable[[recipes.Run, float], Any]:
     def recipe(run: recipes.Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        base = BallsConfig(classes=run.classes, seed=run.seed, radii=radii)
+        base = BallsConfig(classes=run.classes, seed=run.seed, radii=radii, **settings)
         config = replace(base, epochs=max(1, round(base.epochs * effort)))
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         model = train_in_balls(
@@ -186,17 +186,17 @@ def train_smoothed_cnn(run: recipes.Run, effort: float) -> tuple[dict[str, Tenso
     config = replace(base, epochs=max(1, round(base.epochs * effort)))
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     network = train_noisy(
-        *run.train, config, held_out=run.held_out, checkpoint=run.checkpoints / "last.safetensors",
-        progress=run.progress,
+        *run.placed(run.train), config, held_out=run.placed(run.held_out),
+        checkpoint=run.checkpoints / "last.safetensors", progress=run.progress,
     )  # fmt: skip
-    stored = network.state_dict()
     settings = {**asdict(config), "channels": run.train[0].shape[1], "image_size": run.train[0].shape[-1]}
     votes = Smoothed(network, config.sigma, config.samples)
-    return stored, run.header(settings, accuracy(votes, *run.test), held_out_accuracy=accuracy(votes, *run.held_out))
+    clean, held_out = (accuracy(votes, *run.placed(split)) for split in (run.test, run.held_out))
+    return network.cpu().state_dict(), run.header(settings, clean, held_out_accuracy=held_out)
 
 
 RECIPES: dict[str, Callable[[recipes.Run, float], tuple[dict[str, Tensor], dict[str, Any]]]] = {
-    "l2-adversarial": _balls_recipe((("l2", 2.0),)),
-    "msd": _balls_recipe((("linf", 0.3), ("l2", 2.0), ("l1", 10.0))),
+    "l2-adversarial": _balls_recipe((("l2", 2.0),), batch_size=128, epochs=8),
+    "msd": _balls_recipe((("linf", 0.3), ("l2", 2.0), ("l1", 10.0)), batch_size=256, epochs=8, learning_rate=2e-3),
     "smoothed-cnn": train_smoothed_cnn,
 }

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from absynth import data, weight_files, zoo
+from absynth.checks import usable_device
 from absynth.classifiers import ABS, Calibrated
 from absynth.errors import InputError, unknown_name
-from absynth.prototypes import PrototypeABS
-from absynth.responses import Threshold
+from absynth.prototypes import PrototypeABS, SaturatingPrototypeABS
+from absynth.responses import Ramp, Threshold
 from absynth.training.augment import Augmentation, augment
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
 from absynth.training.candidates import CANDIDATES, EXPLAINED, choose_all_candidates, choose_candidates, widen
@@ -30,19 +31,18 @@ from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accur
 from absynth.training.contrast import STAGES, ContrastConfig, sharpen
 from absynth.training.explanations import explanations
 from absynth.training.generative import GenerativeConfig, train_classes
-from absynth.training.prototypes import PrototypeConfig, train_prototypes
+from absynth.training.prototypes import PrototypeConfig, train_prototypes, with_more_latents
 from absynth.vae import Decoder, VAEConfig
 
 # Cycles, each from fresh candidates.
 CONTRAST = (ContrastConfig(),)
 
 
-# Small moves first, then larger ones against learning the training images by heart.
-PROTOTYPES = (
-    PrototypeConfig(),
-    PrototypeConfig(
-        epochs=3, margin=1.0, augmentation=Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, bicubic=True)
-    ),
+COPIES = Augmentation(rotation=5, zoom=0.05, shear=5, shift=0.3, bicubic=True)  # of images that centers are made of
+# Large moves, against learning the training images by heart.
+MOVES = Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, elastic=0.3, bicubic=True)
+PROTOTYPES = PrototypeConfig(
+    latent_size=16, epochs=80, batch_size=512, margin=1.0, learning_rate=1e-3, augmentation=MOVES
 )
 
 
@@ -57,7 +57,9 @@ class Run:
         seed: int,
         root: str | Path | None,
         progress: Progress | None,
+        device: str | torch.device = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.name, self.dataset, self.out, self.seed, self.progress = name, dataset, Path(out), seed, progress
         images, labels = data.load(dataset, "train", root)
         self.test = data.load(dataset, "test", root)
@@ -65,6 +67,10 @@ class Run:
         self.data_digest = data.digest(images, labels)
         held_out = min(5000, len(images) // 6)
         self.train, self.held_out = data.holdout(images, labels, held_out, seed=0)
+
+    def placed(self, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Images and labels on the device of the training."""
+        return split[0].to(self.device), split[1].to(self.device)
 
     @property
     def checkpoints(self) -> Path:
@@ -88,13 +94,15 @@ def train(
     root: str | Path | None = None,
     effort: float = 1.0,
     progress: Progress | None = None,
+    device: str | torch.device = "cpu",
 ) -> Path:
     """Train the model ``name`` of the zoo on a data set and write its weights to the folder ``out``; returns the file.
 
     A training that was stopped, by Ctrl-C or ``kill -9``, continues when called again with the same arguments.
     ``effort`` scales the number of steps: 1 is the shipped quality. "binary-abs" and "prototype-abs" need the "abs"
-    weights in ``out`` and train them first if they are missing. Raises InputError for unknown names and for checkpoints
-    of another training.
+    weights in ``out`` and train them first if they are missing. Networks, prototypes and decoders that hold are trained
+    on ``device``; the generative models always by processes on the CPU. Raises InputError for unknown names, for
+    checkpoints of another training and for a device that is not there.
     """
     if name not in _RECIPES:
         raise unknown_name("model", name, _RECIPES)
@@ -102,7 +110,7 @@ def train(
         raise InputError(
             f"effort is {effort}; expected a positive factor on the training steps, 1 for the shipped quality"
         )
-    run = Run(name, dataset, out, seed, root, progress)
+    run = Run(name, dataset, out, seed, root, progress, usable_device(device))
     tensors, header = _RECIPES[name](run, effort)
     path = run.out / f"{name}.safetensors"
     weight_files.write(path, tensors, header)
@@ -203,7 +211,7 @@ def _plain_abs(run: Run, effort: float) -> tuple[ABS, str]:
     """The ABS whose weights lie in the run's folder, trained if they do not; and their digest."""
     source = run.out / "abs.safetensors"
     if not source.exists():
-        train("abs", run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress)
+        train("abs", run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress, device=run.device)
     plain = zoo.load(source)
     assert isinstance(plain, ABS)
     return plain, weight_files.read(source).digest
@@ -229,39 +237,55 @@ def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[
 
 def _train_prototype_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     plain, source = _plain_abs(run, effort)
-    smallest = int(run.train[1].bincount().min())
-    stages = [
-        replace(
-            stage, epochs=max(1, round(stage.epochs * effort)), count=min(stage.count, smallest),
-            seed=100 * run.seed + number,
-        )
-        for number, stage in enumerate(PROTOTYPES)
-    ]  # fmt: skip
-    found = _first_prototypes(run, plain, source, stages[0])
-    channels, size = plain.image_shape
-    sizes = VAEConfig(size, channels, found.shape[2])
-    decoders: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
-    for number, stage in enumerate(stages):
-        decoders, found = train_prototypes(
-            decoders, found, *run.train, sizes, stage,
-            checkpoint=run.checkpoints / f"prototypes-{number}.safetensors", progress=run.progress,
-        )  # fmt: skip
-        found = found.half().float()  # as they are stored
-    model = PrototypeABS(decoders, found, beta=stages[0].beta)
+    stage = shortened(PROTOTYPES, run, effort, run.seed * 100)
+    model, decoders, found = prototypes_from(run, plain, source, stage)
     tensors = {f"{number}.latents": one.half() for number, one in enumerate(found)} | decoder_tensors(decoders)
-    training = [asdict(stage) for stage in stages]
-    return tensors, _calibrated(run, model, found.shape[2], stages[0].beta, decoders_digest=source, training=training)
+    return tensors, _calibrated(
+        run, model, found.shape[2], stage.beta, decoders_digest=source, training=asdict(stage)
+    )  # fmt: skip
+
+
+def shortened(stage: PrototypeConfig, run: Run, effort: float, seed: int) -> PrototypeConfig:
+    """The stage for this run: fewer epochs with less ``effort``, no more prototypes than a class has images."""
+    smallest = int(run.train[1].bincount().min())
+    return replace(
+        stage, epochs=max(1, round(stage.epochs * effort)), count=min(stage.count, smallest), seed=seed
+    )  # fmt: skip
+
+
+def prototypes_from(
+    run: Run, plain: ABS, source: str, stage: PrototypeConfig, response: Ramp | None = None
+) -> tuple[PrototypeABS, list[Decoder], Tensor]:
+    """Prototypes trained from explanations of training images by ``plain``, whose weights have the digest ``source``:
+    the model, its decoders, and its latents (K,M,D) as they are stored."""
+    found = _first_prototypes(run, plain, source, stage)
+    channels, size = plain.image_shape
+    given: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
+    decoders, found, sizes = with_more_latents(
+        given, found, VAEConfig(size, channels, found.shape[2]), stage.latent_size, stage.seed
+    )
+    decoders, found = train_prototypes(
+        decoders, found, *run.placed(run.train), sizes, stage, response=response,
+        checkpoint=run.checkpoints / "prototypes.safetensors", progress=run.progress,
+    )  # fmt: skip
+    found = found.half().float()
+    if response is None:
+        return PrototypeABS(decoders, found, beta=stage.beta), decoders, found
+    return SaturatingPrototypeABS(decoders, found, response=response, beta=stage.beta), decoders, found
 
 
 def _first_prototypes(run: Run, plain: ABS, source: str, config: PrototypeConfig) -> Tensor:
     """Centers (K,M,D) of the latents that explain the training images and a moved copy of each; kept in a checkpoint,
     because a resumed training must go on from the very same ones."""
     file = run.checkpoints / "centers.safetensors"
-    identity = {"model": "prototype-abs centers", "config": asdict(config), "abs": source, "data": run.data_digest}
+    identity = {
+        "model": "prototype-abs centers", "count": config.count, "seed": run.seed, "abs": source,
+        "augmentation": asdict(COPIES), "data": run.data_digest,
+    }  # fmt: skip
     if (saved := load_checkpoint(file, expect=identity)) is not None:
         return saved[0]["centers"]
     generator = torch.Generator().manual_seed(run.seed)
-    moved = torch.cat([augment(chunk, config.augmentation, generator) for chunk in run.train[0].split(1000)])
+    moved = torch.cat([augment(chunk, COPIES, generator) for chunk in run.train[0].split(1000)])
     decoders: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
     sizes = VAEConfig(plain.image_shape[1], plain.image_shape[0], plain.candidates.shape[2])
     latents = explanations(
@@ -278,13 +302,13 @@ def _train_cnn(run: Run, effort: float, **options: Any) -> tuple[dict[str, Tenso
     config = replace(base, epochs=max(1, round(base.epochs * effort)))
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     model = train_cnn(
-        *run.train,
+        *run.placed(run.train),
         config,
-        held_out=run.held_out,
+        held_out=run.placed(run.held_out),
         checkpoint=run.checkpoints / "last.safetensors",
         progress=run.progress,
     )
-    return _network(run, model, asdict(config), torch.float32)
+    return _network(run, model.cpu(), asdict(config), torch.float32)
 
 
 def _train_plain_cnn(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -306,14 +330,14 @@ def _train_madry(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, 
     config = replace(base, epochs=max(1, round(base.epochs * effort)))
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     model = train_madry(
-        *run.train,
+        *run.placed(run.train),
         config,
-        held_out=run.held_out,
+        held_out=run.placed(run.held_out),
         checkpoint=run.checkpoints / "last.safetensors",
         progress=run.progress,
     )
     # 3.3 million weights: half precision halves the file; the accuracy is that of the stored weights
-    return _network(run, model, asdict(config), torch.float16)
+    return _network(run, model.cpu(), asdict(config), torch.float16)
 
 
 def _network(

@@ -20,11 +20,10 @@ from absynth.norms import L0, L2, LINF
 from absynth.prototypes import PrototypeABS, SaturatingPrototypeABS
 from absynth.responses import Ramp
 from absynth.training import recipes
-from absynth.training.augment import Augmentation, augment
 from absynth.training.candidates import choose_all_candidates
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
-from absynth.training.contrast import ContrastConfig, sharpen
-from absynth.training.prototypes import PrototypeConfig, train_prototypes
+from absynth.training.holding import HoldingConfig, train_holding
+from absynth.training.prototypes import PrototypeConfig
 from absynth.vae import Decoder, VAEConfig
 
 Trained = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and header of a weight file
@@ -32,19 +31,16 @@ Trained = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and header of a we
 RAMPS = (0.25, 0.3, 0.35)  # among these
 BALLS = {L2: 1.5, LINF: 0.3, L0: 12.0}  # a model is to survive the union of the paper's three
 JUDGED = 100  # held-out images a ramp is judged by
-STILL = Augmentation(rotation=0, zoom=0, shear=0, shift=0)
-# From decoders that have been sharpened on plain images: close pairs once more, on what the ramp makes of them.
-CONTRAST = ContrastConfig(rounds=4, weight=4.0)
-# From prototypes trained on plain images. Behind a ramp the shortest way in L2, too, is to send a few pixels all the
-# way, so the loss asks for L0 as well.
+# Within these a gap shall hold: what a model is to survive, and what close pairs are measured in.
+HELD = tuple((str(norm), radius, 1.0) for norm, radius in BALLS.items())
+HOLDING = HoldingConfig(epochs=30, balls=HELD)
 PROTOTYPES = PrototypeConfig(
-    epochs=2, margin=1.0, few_weight=1.0, latent_rate=0.01, learning_rate=3e-4,
-    augmentation=Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, bicubic=True),
-)  # fmt: skip
+    latent_size=16, epochs=80, batch_size=512, margin=1.0, learning_rate=1e-3, balls=HELD, augmentation=recipes.MOVES
+)
 
 
 def train_saturating_prototype_abs(run: recipes.Run, effort: float) -> Trained:
-    """Choose the ramp with the prototypes of prototype-abs, then train these on the responses."""
+    """Choose the ramp with the prototypes of prototype-abs, then train prototypes on the responses."""
     path = run.out / "prototype-abs.safetensors"
     _train_first("prototype-abs", run, effort)
     plain = zoo.load(path)
@@ -53,24 +49,13 @@ def train_saturating_prototype_abs(run: recipes.Run, effort: float) -> Trained:
     decoders = zoo.decoders_of(source)
     latents = torch.stack(list(plain.latents.split(plain.class_counts)))  # (K*M,D) -> (K,M,D)
     ramp, proved = choose_ramp(run, decoders, latents, plain.beta, source.digest, effort)
-    stage = replace(
-        PROTOTYPES, epochs=max(1, round(PROTOTYPES.epochs * effort)), count=latents.shape[1], beta=plain.beta,
-        seed=100 * run.seed + 50,
-    )  # fmt: skip
-    channels, size = plain.image_shape
-    # an epoch on each of ``epochs`` moved copies, put through the ramp after they have been moved
-    images = torch.cat([ramp(moved) for moved in _moved(run, stage, stage.epochs)])
-    decoders, latents = train_prototypes(
-        decoders, latents, images, run.train[1].repeat(stage.epochs), VAEConfig(size, channels, latents.shape[2]),
-        replace(stage, epochs=1, augmentation=STILL),
-        checkpoint=run.checkpoints / "prototypes.safetensors", progress=run.progress,
-    )  # fmt: skip
-    latents = latents.half().float()  # as they are stored
-    model = SaturatingPrototypeABS(decoders, latents, response=ramp, beta=stage.beta)
-    tensors = {f"{number}.latents": one.half() for number, one in enumerate(latents)}
-    return tensors | recipes.decoder_tensors(decoders), recipes._calibrated(
-        run, model, latents.shape[2], stage.beta, response={"a": ramp.a}, ramps=proved,
-        decoders_digest=source.digest, training=asdict(stage),
+    source_abs, digest = recipes._plain_abs(run, effort)
+    stage = recipes.shortened(PROTOTYPES, run, effort, 100 * run.seed + 50)
+    model, trained, found = recipes.prototypes_from(run, source_abs, digest, stage, ramp)
+    tensors = {f"{number}.latents": one.half() for number, one in enumerate(found)}
+    return tensors | recipes.decoder_tensors(trained), recipes._calibrated(
+        run, model, found.shape[2], stage.beta, response={"a": ramp.a}, ramps=proved,
+        decoders_digest=digest, training=asdict(stage),
     )  # fmt: skip
 
 
@@ -104,19 +89,19 @@ def proved_share(model: SaturatingPrototypeABS, images: Tensor, labels: Tensor) 
 
 
 def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
-    """Take the ramp of the saturating prototypes, then go on with the contrast of the plain decoders on responses."""
+    """Take the ramp of the saturating prototypes, then train the plain decoders to hold on what it makes of images."""
     _train_first("saturating-prototype-abs", run, effort)
     judge = zoo.load(run.out / "saturating-prototype-abs.safetensors")
     assert isinstance(judge, SaturatingPrototypeABS)
     ramp = judge.response
     plain, source = recipes._plain_abs(run, effort)
-    cycle = replace(CONTRAST, seed=100 * run.seed + 50, rounds=max(1, round(CONTRAST.rounds * min(1.0, effort))))
+    config = replace(HOLDING, seed=100 * run.seed + 50, epochs=max(1, round(HOLDING.epochs * effort)))
     channels, size = plain.image_shape
     sizes = VAEConfig(size, channels, plain.candidates.shape[2])
     decoders: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
-    decoders, own, rival = sharpen(
-        decoders, plain.candidates, *run.train, sizes, cycle, beta=plain.beta, response=ramp,
-        checkpoint=run.checkpoints / "contrast.safetensors", progress=run.progress,
+    decoders, own, rival = train_holding(
+        decoders, plain.candidates, *run.placed(run.train), sizes, config, beta=plain.beta, response=ramp,
+        checkpoint=run.checkpoints / "holding.safetensors", progress=run.progress,
     )  # fmt: skip
     starts = choose_all_candidates(own, rival, run.seed)
     starts = recipes.widened(run, decoders, starts, sizes, plain.beta, effort, ramp)
@@ -125,22 +110,16 @@ def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
     tensors = {"candidates": candidates.half(), **recipes.decoder_tensors(decoders)}
     return tensors, recipes._calibrated(
         run, model, candidates.shape[2], plain.beta, response={"a": ramp.a}, decoders_digest=source,
-        contrast=[asdict(cycle)],
+        training=asdict(config),
     )  # fmt: skip
 
 
 def _train_first(name: str, run: recipes.Run, effort: float) -> None:
     """Train the model ``name`` into the run's folder unless its weights are there."""
     if not (run.out / f"{name}.safetensors").exists():
-        recipes.train(name, run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress)
-
-
-def _moved(run: recipes.Run, stage: PrototypeConfig, copies: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(stage.seed)
-    return [
-        torch.cat([augment(chunk, stage.augmentation, generator) for chunk in run.train[0].split(1000)])
-        for _ in range(copies)
-    ]
+        recipes.train(
+            name, run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress, device=run.device
+        )
 
 
 RECIPES: dict[str, Callable[[recipes.Run, float], Trained]] = {
