@@ -35,10 +35,12 @@ def closable(apart: Tensor, pixels: Tensor, response: Ramp, norm: str, radius: f
     if norm == "linf":
         higher = response((pixels + radius).clamp(max=1)) - seen
         lower = seen - response((pixels - radius).clamp(min=0))
-        return (up * higher + down * lower).sum(1)
+        gained: Tensor = (up * higher + down * lower).sum(1)
+        return gained
     if norm == "l0":
         whole = up * (1 - seen) + down * seen  # a pixel that goes to its end
-        return whole.topk(min(int(radius), whole.shape[1]), dim=1).values.sum(1)
+        most: Tensor = whole.topk(min(int(radius), whole.shape[1]), dim=1).values.sum(1)
+        return most
     if norm == "l2":
         return _closable_in_l2(apart, pixels, response, radius)
     raise InputError(f"norm is {norm!r}; margins are known in l2, linf and l0")

@@ -22,7 +22,7 @@ from absynth.responses import Ramp
 from absynth.training import recipes
 from absynth.training.candidates import choose_all_candidates
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
-from absynth.training.holding import HoldingConfig, train_holding
+from absynth.training.contrast import ContrastConfig, sharpen
 from absynth.training.prototypes import PrototypeConfig
 from absynth.vae import Decoder, VAEConfig
 
@@ -33,7 +33,8 @@ BALLS = {L2: 1.5, LINF: 0.3, L0: 12.0}  # a model is to survive the union of the
 JUDGED = 100  # held-out images a ramp is judged by
 # Within these a gap shall hold: what a model is to survive, and what close pairs are measured in.
 HELD = tuple((str(norm), radius, 1.0) for norm, radius in BALLS.items())
-HOLDING = HoldingConfig(epochs=30, balls=HELD)
+# From decoders that have been sharpened on plain images: close pairs once more, on what the ramp makes of them.
+CONTRAST = ContrastConfig(rounds=4, weight=4.0)
 PROTOTYPES = PrototypeConfig(
     latent_size=16, epochs=80, batch_size=512, margin=1.0, learning_rate=1e-3, balls=HELD, augmentation=recipes.MOVES
 )
@@ -89,19 +90,19 @@ def proved_share(model: SaturatingPrototypeABS, images: Tensor, labels: Tensor) 
 
 
 def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
-    """Take the ramp of the saturating prototypes, then train the plain decoders to hold on what it makes of images."""
+    """Take the ramp of the saturating prototypes, then go on with the contrast of the plain decoders on responses."""
     _train_first("saturating-prototype-abs", run, effort)
     judge = zoo.load(run.out / "saturating-prototype-abs.safetensors")
     assert isinstance(judge, SaturatingPrototypeABS)
     ramp = judge.response
     plain, source = recipes._plain_abs(run, effort)
-    config = replace(HOLDING, seed=100 * run.seed + 50, epochs=max(1, round(HOLDING.epochs * effort)))
+    cycle = replace(CONTRAST, seed=100 * run.seed + 50, rounds=max(1, round(CONTRAST.rounds * min(1.0, effort))))
     channels, size = plain.image_shape
     sizes = VAEConfig(size, channels, plain.candidates.shape[2])
     decoders: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
-    decoders, own, rival = train_holding(
-        decoders, plain.candidates, *run.placed(run.train), sizes, config, beta=plain.beta, response=ramp,
-        checkpoint=run.checkpoints / "holding.safetensors", progress=run.progress,
+    decoders, own, rival = sharpen(
+        decoders, plain.candidates, *run.train, sizes, cycle, beta=plain.beta, response=ramp,
+        checkpoint=run.checkpoints / "contrast.safetensors", progress=run.progress,
     )  # fmt: skip
     starts = choose_all_candidates(own, rival, run.seed)
     starts = recipes.widened(run, decoders, starts, sizes, plain.beta, effort, ramp)
@@ -110,7 +111,7 @@ def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
     tensors = {"candidates": candidates.half(), **recipes.decoder_tensors(decoders)}
     return tensors, recipes._calibrated(
         run, model, candidates.shape[2], plain.beta, response={"a": ramp.a}, decoders_digest=source,
-        training=asdict(config),
+        contrast=[asdict(cycle)],
     )  # fmt: skip
 
 
