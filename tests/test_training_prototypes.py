@@ -70,15 +70,13 @@ def test_it_widens_the_margin_and_resumes(digits: tuple[Tensor, Tensor], tmp_pat
         )  # fmt: skip
 
 
-def test_the_loss_of_few_pixels_proves_more_in_l0(digits: tuple[Tensor, Tensor]) -> None:
+def test_asking_for_a_ball_proves_more_in_it(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
     decoders, latents = train_prototypes(*start(), images, labels, VAEConfig(), replace(SMALL, epochs=8))
-    gentle = replace(SMALL, epochs=8, learning_rate=3e-3, latent_rate=0.03)
+    gentle = replace(SMALL, epochs=8, learning_rate=3e-3, latent_rate=0.03, ball_margin=2.0)
     proved = []
-    for weight in (0.0, 1.0):
-        trained, found = train_prototypes(
-            decoders, latents, images, labels, VAEConfig(), replace(gentle, few_weight=weight, few_margin=2.0)
-        )
+    for balls in ((), (("l0", 12.0, 1.0),)):
+        trained, found = train_prototypes(decoders, latents, images, labels, VAEConfig(), replace(gentle, balls=balls))
         model = PrototypeABS(trained, found, beta=SMALL.beta)
         proved.append(certified_radii(model, images[::4], labels[::4], ("l0",))["l0"].double().mean())
     assert proved[1] > proved[0] + 1
@@ -87,8 +85,8 @@ def test_the_loss_of_few_pixels_proves_more_in_l0(digits: tuple[Tensor, Tensor])
 def test_settings_out_of_range_are_named() -> None:
     with pytest.raises(InputError, match="at least 1"):
         PrototypeConfig(count=0)
-    with pytest.raises(InputError, match="few"):
-        PrototypeConfig(few=0)
+    with pytest.raises(InputError, match="radius"):
+        PrototypeConfig(balls=(("l2", 0.0, 1.0),))
 
 
 def test_the_recipe_writes_a_model_that_loads_and_certifies(tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ def decode_mixed(decoders: StackedDecoders, latents: Tensor, rows: Tensor) -> Te
     count = len(latents)
     place = torch.empty(count + 1, dtype=torch.int64, device=latents.device)  # the last for what fills up
     place[rows.flatten().where(rows.flatten() >= 0, count)] = torch.arange(rows.numel(), device=rows.device)
-    return decoded.flatten(0, 1)[place[:count]]
+    mixed: Tensor = decoded.flatten(0, 1)[place[:count]]
+    return mixed
 
 
 def stacked_tensors(decoders: StackedDecoders, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
