@@ -37,8 +37,9 @@ def test_answers_and_gradients_are_those_of_the_cpu(name: str, mnist_test: tuple
     here, there = answers["cpu"], answers["cuda"]
     assert torch.equal(here[0].argmax(1), there[0].argmax(1))
     best = here[0].amax(1)
-    scale = 1.0 if best.abs().max() < 1 else 10.0  # energies of ABS are hundredths, logits of a network tens
-    assert (best - there[0].amax(1)).abs().max() < 1e-4 * scale  # classes out of the running are not compared
+    # energies of ABS are hundredths; logits of a network tens, and its convolutions keep ten bits of each number there
+    allowed = 1e-4 if best.abs().max() < 1 else 2e-3 * float(best.abs().max())
+    assert (best - there[0].amax(1)).abs().max() < allowed  # classes out of the running are not compared
     if "binary" not in name:
         assert (here[1] - there[1]).flatten(1).norm(dim=1).median() < 1e-3 * here[1].flatten(1).norm(dim=1).median()
 
