@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from absynth.checks import check_images
+from absynth.checks import check_images, usable_device
 from absynth.errors import InputError
 
 
@@ -47,3 +47,11 @@ def test_one_bad_value_in_a_large_batch_is_found():
         images[37, 0, 20, 3] = bad
         with pytest.raises(InputError):
             check_images(images)
+
+
+@pytest.mark.parametrize("name", ["gpu0", "cuda:99"])
+def test_a_device_that_is_not_there_is_named_on_one_line(name):
+    with pytest.raises(InputError, match=f"{name}.*use cpu") as caught:
+        usable_device(name)
+    assert "\n" not in str(caught.value)
+    assert usable_device("cpu") == torch.device("cpu")

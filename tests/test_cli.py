@@ -381,3 +381,14 @@ def test_fault_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.code == 1
     assert result.err.startswith("error: a fault of absynth itself, ZeroDivisionError")
     assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [("train", "cnn"), ("evaluate",), ("evaluate", "--suite", "quick"), ("reproduce",)])
+def test_a_device_that_is_not_there_is_one_line(
+    run: Run, weights: Path, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    place = ("--out", tmp_path / "out")
+    model = () if command[0] == "train" else ("--model", "cnn", "--weights", weights)
+    found = run(*command, *model, "--data", "digits", *place, "--device", "gpu0")
+    assert found.code == 2 and found.out == "" and "'gpu0'" in found.err and "use cpu" in found.err
+    assert "Traceback" not in found.err

@@ -92,7 +92,7 @@ def test_settings_out_of_range_are_named() -> None:
 def test_the_recipe_writes_a_model_that_loads_and_certifies(tmp_path: Path) -> None:
     write_all(tmp_path)
     (tmp_path / "prototype-abs.safetensors").unlink()
-    train("prototype-abs", "digits", out=tmp_path, effort=0.25)
+    train("prototype-abs", "digits", out=tmp_path, effort=0.02)
     model = zoo.load("prototype-abs", folder=tmp_path)
     assert isinstance(model, PrototypeABS)
     header = weight_files.read(tmp_path / "prototype-abs.safetensors").header
@@ -112,14 +112,14 @@ def test_a_killed_training_goes_on_from_its_centers(tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train("prototype-abs", "digits", out=tmp_path, effort=0.25, progress=stop)
+        train("prototype-abs", "digits", out=tmp_path, effort=0.02, progress=stop)
     assert (tmp_path / "prototype-abs.training" / "centers.safetensors").exists()
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("explained again")
 
     monkeypatch.setattr("absynth.training.recipes.explanations", never)
-    assert train("prototype-abs", "digits", out=tmp_path, effort=0.25).exists()
+    assert train("prototype-abs", "digits", out=tmp_path, effort=0.02).exists()
     assert not (tmp_path / "prototype-abs.training").exists()
 
 

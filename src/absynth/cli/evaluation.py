@@ -222,7 +222,7 @@ def reproduce(
     with kept(_goes_on(out)), progress("reproducing") as report:
         files = run(
             models, out, dataset=data, images=images, suite=suite, seed=seed, weights=weights, root=root,
-            progress=report, cluster=cluster,
+            progress=report, cluster=cluster, device=device,
         )  # fmt: skip
     if json:
         emit({key: str(path) for key, path in asdict(files).items()})

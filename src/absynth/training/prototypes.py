@@ -154,7 +154,7 @@ def train_prototypes(
             batch = to_blocks(augment(images[rows], config.augmentation, generator))
             done = (epoch * steps + step) / (config.epochs * steps)
             loss = _step(state, batch, labels[rows], done, config, seen_through)
-            if progress is not None and (step % 10 == 9 or step + 1 == steps):  # a look at the loss waits for it
+            if progress is not None and (not images.is_cuda or step % 10 == 9):  # there a look at the loss waits for it
                 progress(epoch * steps + step + 1, config.epochs * steps, f"prototypes: loss {float(loss):.4f}")
         if checkpoint is not None:
             save_checkpoint(checkpoint, _tensors(state), {**identity, "epoch": epoch + 1})

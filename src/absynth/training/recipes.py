@@ -21,8 +21,8 @@ from absynth import data, weight_files, zoo
 from absynth.checks import usable_device
 from absynth.classifiers import ABS, Calibrated
 from absynth.errors import InputError, unknown_name
-from absynth.prototypes import PrototypeABS, SaturatingPrototypeABS
-from absynth.responses import Ramp, Threshold
+from absynth.prototypes import PrototypeABS
+from absynth.responses import Threshold
 from absynth.training.augment import Augmentation, augment
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
 from absynth.training.candidates import CANDIDATES, EXPLAINED, choose_all_candidates, choose_candidates, widen
@@ -238,7 +238,17 @@ def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[
 def _train_prototype_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     plain, source = _plain_abs(run, effort)
     stage = shortened(PROTOTYPES, run, effort, run.seed * 100)
-    model, decoders, found = prototypes_from(run, plain, source, stage)
+    channels, size = plain.image_shape
+    found = _first_prototypes(run, plain, source, stage)
+    decoders, found, sizes = with_more_latents(
+        list(plain.decoders), found, VAEConfig(size, channels, found.shape[2]), stage.latent_size, stage.seed  # type: ignore[arg-type]
+    )  # fmt: skip
+    decoders, found = train_prototypes(
+        decoders, found, *run.placed(run.train), sizes, stage,
+        checkpoint=run.checkpoints / "prototypes.safetensors", progress=run.progress,
+    )  # fmt: skip
+    found = found.half().float()  # as they are stored
+    model = PrototypeABS(decoders, found, beta=stage.beta)
     tensors = {f"{number}.latents": one.half() for number, one in enumerate(found)} | decoder_tensors(decoders)
     return tensors, _calibrated(
         run, model, found.shape[2], stage.beta, decoders_digest=source, training=asdict(stage)
@@ -251,27 +261,6 @@ def shortened(stage: PrototypeConfig, run: Run, effort: float, seed: int) -> Pro
     return replace(
         stage, epochs=max(1, round(stage.epochs * effort)), count=min(stage.count, smallest), seed=seed
     )  # fmt: skip
-
-
-def prototypes_from(
-    run: Run, plain: ABS, source: str, stage: PrototypeConfig, response: Ramp | None = None
-) -> tuple[PrototypeABS, list[Decoder], Tensor]:
-    """Prototypes trained from explanations of training images by ``plain``, whose weights have the digest ``source``:
-    the model, its decoders, and its latents (K,M,D) as they are stored."""
-    found = _first_prototypes(run, plain, source, stage)
-    channels, size = plain.image_shape
-    given: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
-    decoders, found, sizes = with_more_latents(
-        given, found, VAEConfig(size, channels, found.shape[2]), stage.latent_size, stage.seed
-    )
-    decoders, found = train_prototypes(
-        decoders, found, *run.placed(run.train), sizes, stage, response=response,
-        checkpoint=run.checkpoints / "prototypes.safetensors", progress=run.progress,
-    )  # fmt: skip
-    found = found.half().float()
-    if response is None:
-        return PrototypeABS(decoders, found, beta=stage.beta), decoders, found
-    return SaturatingPrototypeABS(decoders, found, response=response, beta=stage.beta), decoders, found
 
 
 def _first_prototypes(run: Run, plain: ABS, source: str, config: PrototypeConfig) -> Tensor:
