@@ -193,7 +193,7 @@ def test_screening_loses_no_rival(decoded: tuple[PrototypeABS, SaturatingPrototy
     label = int(model(image.view(1, 1, 28, 28)).argmax())
     planes = certifier.planes(image, label)
     rivals = (model.prototypes().labels != label).nonzero()[:, 0]
-    slopes, thresholds = planes.exactly(rivals, planes.own[planes.best[rivals]])
+    slopes, thresholds = planes.exactly(rivals, planes.best(rivals))
     for norm in ALL:
         every = least_norm(slopes.flatten(0, 1), thresholds.flatten(), planes.box, norm).view(thresholds.shape)
         expected = float(every.amax(1).min())

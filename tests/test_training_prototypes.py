@@ -14,6 +14,7 @@ from absynth.certificates import Certifier, certified_radii
 from absynth.errors import InputError
 from absynth.exact import exact_distance
 from absynth.prototypes import PrototypeABS
+from absynth.training import recipes
 from absynth.training.augment import Augmentation
 from absynth.training.explanations import explanations
 from absynth.training.prototypes import PrototypeConfig, train_prototypes
@@ -89,10 +90,18 @@ def test_settings_out_of_range_are_named() -> None:
         PrototypeConfig(balls=(("l2", 0.0, 1.0),))
 
 
+@pytest.fixture
+def few_prototypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe with fewer of them, in smaller batches."""
+    small = replace(recipes.PROTOTYPES, count=20, epochs=1, batch_size=64)
+    monkeypatch.setattr(recipes, "PROTOTYPES", small)
+
+
+@pytest.mark.usefixtures("few_prototypes")
 def test_the_recipe_writes_a_model_that_loads_and_certifies(tmp_path: Path) -> None:
     write_all(tmp_path)
     (tmp_path / "prototype-abs.safetensors").unlink()
-    train("prototype-abs", "digits", out=tmp_path, effort=0.02)
+    train("prototype-abs", "digits", out=tmp_path)
     model = zoo.load("prototype-abs", folder=tmp_path)
     assert isinstance(model, PrototypeABS)
     header = weight_files.read(tmp_path / "prototype-abs.safetensors").header
@@ -103,6 +112,7 @@ def test_the_recipe_writes_a_model_that_loads_and_certifies(tmp_path: Path) -> N
     assert bool((certified_radii(model, images[:3], model(images[:3]).argmax(1))["l2"] > 0).all())
 
 
+@pytest.mark.usefixtures("few_prototypes")
 def test_a_killed_training_goes_on_from_its_centers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_all(tmp_path)
     (tmp_path / "prototype-abs.safetensors").unlink()
@@ -112,14 +122,14 @@ def test_a_killed_training_goes_on_from_its_centers(tmp_path: Path, monkeypatch:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train("prototype-abs", "digits", out=tmp_path, effort=0.02, progress=stop)
+        train("prototype-abs", "digits", out=tmp_path, progress=stop)
     assert (tmp_path / "prototype-abs.training" / "centers.safetensors").exists()
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("explained again")
 
     monkeypatch.setattr("absynth.training.recipes.explanations", never)
-    assert train("prototype-abs", "digits", out=tmp_path, effort=0.02).exists()
+    assert train("prototype-abs", "digits", out=tmp_path).exists()
     assert not (tmp_path / "prototype-abs.training").exists()
 
 

@@ -32,7 +32,7 @@ Shapes: M prototypes, N pixels, R rivals, T prototypes of the true class.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -44,6 +44,7 @@ from absynth.errors import InputError
 from absynth.least import LEAST, MARGIN, Box, least_l2_joint, least_norm
 from absynth.nearest import relative_error
 from absynth.responses import Ramp
+from absynth.threads import side_by_side
 
 METHOD = "bisector"
 SCREENING = 1e-3  # relative: float32 sums of a thousand positive terms err by less than 1e-4
@@ -134,46 +135,77 @@ class Certifier:
                 f"images have {images[0].numel()} values, the prototypes {self.prototypes.points.shape[1]}: give "
                 "images of the size the model was made for"
             )
-        found = [self._image(image, int(label), wanted) for image, label in zip(images.flatten(1), labels, strict=True)]
+        found: list[dict[str, float]] = []
+        for part, given in zip(images.flatten(1).split(TOGETHER), labels.split(TOGETHER), strict=True):
+            planes = self._planes(part, given, "linf" in wanted)
+            found += side_by_side(lambda one: self._radii(one, wanted), planes)
         return {norm: torch.tensor([one[norm] for one in found], dtype=torch.float64) for norm in wanted}
 
     @torch.no_grad()
-    def _image(self, image: Tensor, label: int, norms: tuple[str, ...]) -> dict[str, float]:
-        """The radii of one image (N,)."""
-        planes = self.planes(image, label)
+    def _radii(self, planes: Planes, norms: tuple[str, ...]) -> dict[str, float]:
+        """The radii of one image."""
         radii = {}
         for norm in norms:
             radius = _smallest(planes, norm, self.joint if norm == "l2" else 0)
             radii[norm] = radius if norm == "l0" else radius * (1 - MARGIN)
         return radii
 
-    @torch.no_grad()
     def planes(self, image: Tensor, label: int) -> Planes:
         """The half-spaces (1) of one image (N,). Raises InputError for a label that no prototype has."""
-        points, labels = self.prototypes.points, self.prototypes.labels
+        return self._planes(image[None], torch.tensor([label]), False)[0]
+
+    @torch.no_grad()
+    def _planes(self, images: Tensor, labels: Tensor, linf: bool) -> list[Planes]:
+        """The half-spaces (1) of images (B,N): what takes a pass over all prototypes is done for all images in one.
+        ``linf``: with what bounds in L-infinity need."""
+        points, response = self.prototypes.points, self.prototypes.response
+        views = [View.of(image, response) for image in images]
+        seen = torch.stack([view.seen for view in views])  # (B,N)
+        fixed = self.squares + self.prototypes.costs  # (M,): energies up to ||x||^2 - 2 x . p
+        energies = fixed[:, None] - 2 * (points @ seen.T)  # (M,B)
+        own = [self._nearest(column, int(label)) for column, label in zip(energies.T, labels, strict=True)]
+        # the unbounded L2 distance to every bisecting plane tells which p of its own class to hold against a rival;
+        # through a ramp each pixel counts by what it can gain for its way
+        weights = None
+        if response is not None:
+            weights = torch.stack([torch.maximum(view.rise, view.fall).square() for view in views])  # (B,N)
+        ours = [points[some] if weights is None else points[some] * weights[n] for n, some in enumerate(own)]
+        sizes = [len(some) for some in own]
+        products = (points @ torch.cat(ours).T).split(sizes, dim=1)  # B x (M,T)
+        squares = None if weights is None else weighted_squares(points, weights)  # (M,B)
+        gained: Sequence[Tensor] = []
+        if linf:
+            pairs = [_gaining(points[some], view.rise, view.fall) for some, view in zip(own, views, strict=True)]
+            sums = (points @ torch.cat([pair[0] for pair in pairs]).T).split(sizes, dim=1)
+            gained = [one + pair[1] for one, pair in zip(sums, pairs, strict=True)]
+        found = []
+        for n, view in enumerate(views):
+            counted = self.squares if squares is None else squares[:, n]
+            rounding = self.error * (1 if weights is None else float(weights[n].max()))
+            apart = (counted[:, None] + counted[own[n]] - 2 * products[n]).clamp_(min=0)
+            apart = apart.add_(rounding).sqrt_()  # at least the distance
+            thresholds = energies[:, n, None] - (energies[own[n], n] + self.prototypes.slack + self.error)
+            thresholds /= 2  # (M,T), at most b
+            promising = thresholds / apart  # (M,T)
+            distance, first = promising.max(1)
+            threshold = thresholds.gather(1, first[:, None])[:, 0]
+            distance[self.prototypes.labels == labels[n]] = torch.inf  # the true class's own claim nothing
+            most = gained[n].gather(1, first[:, None])[:, 0] if linf else None
+            found.append(
+                Planes(
+                    self.prototypes, view, own[n], promising, self.tried, first, threshold, distance, self.error, most
+                )
+            )
+        return found
+
+    def _nearest(self, energies: Tensor, label: int) -> Tensor:
+        """The prototypes (T,) of this class with the lowest energies (M,)."""
+        labels = self.prototypes.labels
         first, last = torch.searchsorted(labels, torch.tensor([label, label + 1], device=labels.device)).tolist()
         if first == last:
             raise InputError(f"label is {label}, of which there is no prototype: give labels of the model's classes")
-        view = View.of(image, self.prototypes.response)
-        fixed = self.squares + self.prototypes.costs  # (M,): energies up to ||x||^2 - 2 x . p
-        mine = fixed[first:last] - 2 * (points[first:last] @ view.seen)
-        own = first + mine.topk(min(self.near, last - first), largest=False).indices  # (T,)
-        # the unbounded L2 distance to every bisecting plane tells which p of its own class to hold against a rival;
-        # through a ramp each pixel counts by what it can gain for its way
-        weights = torch.maximum(view.rise, view.fall).square() if self.prototypes.response is not None else None
-        ours = points[own] if weights is None else points[own] * weights
-        products = points @ torch.cat([ours, view.seen[None]]).T  # (M,T+1), in one pass over the prototypes
-        energies = fixed - 2 * products[:, -1]  # (M,)
-        squares = self.squares if weights is None else weighted_squares(points, weights)
-        apart = (squares[:, None] + squares[own] - 2 * products[:, :-1]).clamp(min=0)
-        # at least the distance
-        apart = (apart + self.error * (1 if weights is None else float(weights.max()))).sqrt()
-        thresholds = (energies[:, None] - energies[own] - self.prototypes.slack - self.error) / 2  # (M,T), at most b
-        distances, best = (thresholds / apart).topk(min(self.tried, len(own)), dim=1)  # (M,t)
-        threshold = thresholds.gather(1, best[:, :1])[:, 0]
-        distance = distances[:, 0]
-        distance[first:last] = torch.inf  # the true class's own claim nothing
-        return Planes(self.prototypes, view, own, best, threshold, distance, self.error)
+        nearest: Tensor = first + energies[first:last].topk(min(self.near, last - first), largest=False).indices
+        return nearest
 
     def broken(self, image: Tensor, label: int) -> bool:
         """Whether an image (N,), float64, is nearer to a prototype of another class; a tie is broken."""
@@ -183,6 +215,7 @@ class Certifier:
         return bool(energies[~own].min() <= energies[own].min())
 
 
+TOGETHER = 8  # images whose products with all prototypes are taken at once
 FIRST = 64  # rivals measured before it is known how far to look
 CHUNK = 16  # rivals measured at once
 JOINT = 6  # rivals measured against several planes at once
@@ -191,8 +224,15 @@ FACTORS = (1.2, 1.6)  # the multipliers tried in screening, times threshold / ra
 
 
 def weighted_squares(points: Tensor, weights: Tensor) -> Tensor:
-    """Sums (M,) of weights * p^2 of points (M,N), without a copy of all of them."""
-    return torch.cat([rows.square() @ weights for rows in points.split(ROWS)])
+    """Sums (M,B) of weights (B,N) times p^2 of points (M,N), without a copy of all of them."""
+    return torch.cat([rows.square() @ weights.T for rows in points.split(ROWS)])
+
+
+def _gaining(ours: Tensor, rise: Tensor, fall: Tensor) -> tuple[Tensor, Tensor]:
+    """For each p of ``ours`` (T,N), weights (T,N) and constants (T,) that make the sum of rise * (p' - p)+ and
+    fall * (p - p')+ at most <p', weights> + constant, for values in [0,1]: the first is at most p' (1 - p), the second
+    p (1 - p')."""
+    return rise * (1 - ours) - fall * ours, (fall * ours).sum(1)
 
 
 @dataclass(frozen=True)
@@ -244,19 +284,24 @@ class View:
 class Planes:
     """The half-spaces (1) of one image (N,).
 
-    ``own`` (T,) are the prototypes of the true class nearest to it. For every prototype p' of all, ``best`` (M,t) are
-    the most promising of them, as indices into ``own``; ``thresholds`` (M,) the b of the first, and ``distances`` (M,)
-    its L2 distance without the box, infinite for prototypes of the true class: in float32, for screening, and lowered
-    by what that may err. ``error`` bounds the error of a float32 product of two images.
+    ``own`` (T,) are the prototypes of the true class nearest to it. For every prototype p' of all, ``promising`` (M,T)
+    says which of them are, the larger the more, of which ``tried`` are held against it; ``first`` (M,) is the best, as
+    an index into ``own``, ``thresholds`` (M,) its b, and ``distances`` (M,) its L2 distance without the box, infinite
+    for prototypes of the true class: in float32, for screening, and lowered by what that may err. ``error`` bounds the
+    error of a float32 product of two images. ``gained`` (M,), where it is known, is the most that a unit in L-infinity
+    gains a prototype on that first one.
     """
 
     prototypes: Prototypes
     view: View
     own: Tensor
-    best: Tensor
+    promising: Tensor
+    tried: int
+    first: Tensor
     thresholds: Tensor
     distances: Tensor
     error: float
+    gained: Tensor | None = None
 
     @property
     def pixels(self) -> Tensor:
@@ -267,6 +312,10 @@ class Planes:
     def box(self) -> Box:
         """How far its pixels can go."""
         return self.view.box
+
+    def best(self, rivals: Tensor) -> Tensor:
+        """The prototypes (r,t) of the true class that are held against rivals (r,), the most promising first."""
+        return self.own[self.promising[rivals].topk(min(self.tried, len(self.own)), dim=1).indices]
 
     def exactly(self, rivals: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Rivals (r,) and prototypes of the true class (r,t) -> slopes (r,t,N) and thresholds (r,t), float64."""
@@ -281,7 +330,8 @@ class Planes:
         if norm == "l2":
             bounds = self.distances  # the box can only make it more
         elif norm == "linf":
-            bounds = self.thresholds / (self._gained(self.view.rise, self.view.fall) + self.error)
+            most = self._gained(self.view.rise, self.view.fall) if self.gained is None else self.gained
+            bounds = self.thresholds / (most + self.error)
         elif norm == "l0":
             bounds = self.thresholds  # no pixel gains more than 1
         else:
@@ -295,12 +345,10 @@ class Planes:
         return self.thresholds * (1 - SCREENING) > most
 
     def _gained(self, rise: Tensor, fall: Tensor) -> Tensor:
-        """At least the sum (M,) of rise * (p' - p)+ and fall * (p - p')+, by one product: for values in [0,1] the first
-        is at most p' (1 - p), the second at most p (1 - p')."""
-        ours = self.prototypes.points[self.own]  # (T,N)
-        weights = rise * (1 - ours) - fall * ours
-        products = self.prototypes.points @ weights.T + (fall * ours).sum(1)  # (M,T)
-        return products.gather(1, self.best[:, :1])[:, 0]
+        """At least the sum (M,) of rise * (p' - p)+ and fall * (p - p')+, by one product."""
+        weights, constants = _gaining(self.prototypes.points[self.own], rise, fall)
+        products = self.prototypes.points @ weights.T + constants  # (M,T)
+        return products.gather(1, self.first[:, None])[:, 0]
 
     def fine(self, norm: str, rivals: Tensor, radius: float) -> Tensor:
         """Lower bounds (r,) of what rivals (r,) ask for, in float32, from the first of their planes alone; ``radius``,
@@ -309,12 +357,21 @@ class Planes:
         bounds = []
         for rows in rivals.split(ROWS):
             threshold = self.thresholds[rows]
-            slopes = points[rows] - ours[self.best[rows, 0]]  # (r,N)
+            slopes = points[rows].sub_(ours[self.first[rows]])  # (r,N)
+            if norm == "linf" and self.prototypes.response is None:
+                bounds.append(threshold / (self._useful(slopes) + self.error))
+                continue
             bounds.append(self._fine(norm, slopes.clamp(min=0), slopes.clamp_(max=0).neg_(), threshold, radius))
         found = torch.cat(bounds) * (1 - SCREENING)
         if norm == "l0":
             found = found.ceil()
         return torch.where(self.thresholds[rivals] > 0, found, -torch.inf)
+
+    def _useful(self, slopes: Tensor) -> Tensor:
+        """The sums (r,) of rise * s+ and fall * (-s)+ over slopes (r,N), which are lost: s+ is (|s| + s) / 2."""
+        rise, fall = self.view.rise, self.view.fall
+        signed = slopes @ ((rise - fall) / 2)
+        return slopes.abs_() @ ((rise + fall) / 2) + signed
 
     def _fine(self, norm: str, rise: Tensor, fall: Tensor, threshold: Tensor, radius: float) -> Tensor:
         """The same for slopes (r,N), split into those upward and those downward."""
@@ -391,7 +448,7 @@ def _measure(planes: Planes, norm: str, bounds: Tensor, rivals: Tensor, smallest
     for chunk in rivals[bounds[rivals].argsort()].split(CHUNK):
         if not float(bounds[chunk[0]]) < smallest:
             break
-        slopes, thresholds = planes.exactly(chunk, planes.own[planes.best[chunk]])  # (r,t,N), (r,t)
+        slopes, thresholds = planes.exactly(chunk, planes.best(chunk))  # (r,t,N), (r,t)
         radii = least_norm(slopes.flatten(0, 1), thresholds.flatten(), planes.box, norm)
         bounds[chunk] = radii.view(thresholds.shape).amax(1)  # the best of the planes: all of them must be passed
         smallest = min(smallest, float(bounds[chunk].min()))
