@@ -83,7 +83,7 @@ def evaluate(
         split=split,
         data_digest=datasets.digest(pictures, labels),
         seed=seed,
-        batch_size=batch_size or (256 if device_of(classifier).type == "cuda" else 32),
+        batch_size=(256 if device_of(classifier).type == "cuda" else 32) if batch_size is None else batch_size,
     )
     with Ledger(out, write=True) as ledger:
         if retry_errors:
