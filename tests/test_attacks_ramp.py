@@ -17,10 +17,11 @@ from absynth.attacks.gradient import ProjectedGradient
 from absynth.attacks.ramp import OnTheRamp, Straight, Tightened, onto_halfspace, through
 from absynth.attacks.ramp_projection import RampGreedy, RampProjection
 from absynth.attacks.search import SmallestRadius
-from absynth.certificates import Prototypes, certified_radii
+from absynth.certificates import certified_radii
 from absynth.evaluation.plan import choose_attacks
 from absynth.least import Box, least_norm
 from absynth.norms import L0, L1, L2, LINF, NORMS, Norm
+from absynth.planes import Prototypes
 from absynth.responses import Ramp, Threshold, ramp_of
 
 SIDE = 6

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from absynth.baselines import NearestNeighbor
-from absynth.certificates import Prototypes, certified_radii
+from absynth.certificates import Certifier, certified_radii
 from absynth.errors import InputError
 from absynth.least import Box, least_norm
 from absynth.norms import NORMS
+from absynth.planes import Prototypes
 
 ALL = ("l0", "l1", "l2", "linf")
 
@@ -204,3 +205,25 @@ def test_bad_input_is_named() -> None:
         certified_radii(model, torch.rand(1, 1, 1, 3), label)
     with pytest.raises(InputError, match="NaN"):
         certified_radii(model, image * math.nan, label)
+
+
+@pytest.mark.parametrize("norm", ALL)
+def test_screening_claims_no_more_than_what_is_measured(norm: str) -> None:
+    """The bounds by which rivals are passed over lie below what they ask for, pixel by pixel at the ends or between."""
+    model = random_model(7, pixels=60, each=150)
+    certifier = Certifier(model.prototypes())
+    generator = torch.Generator().manual_seed(1)
+    points, labels = certifier.prototypes.points, certifier.prototypes.labels
+    image = points[5].lerp(points[6], 0.2)
+    image = torch.where(torch.rand(60, generator=generator) < 0.3, image.round(), image)
+    label = int(model.label_losses(image[None]).argmin())
+    planes = certifier.planes(image, label)
+    rivals = (labels != label).nonzero()[:, 0]
+    slopes, thresholds = planes.exactly(rivals, planes.own[planes.first[rivals]][:, None])
+    exact = least_norm(slopes[:, 0], thresholds[:, 0], planes.box, norm)
+    compared = exact.isfinite() & (exact > 0)
+    assert int(compared.sum()) > 64
+    for bounds in (planes.coarse(norm)[rivals], planes.fine(norm, rivals, math.inf)):
+        assert bool((bounds.double()[compared] <= exact[compared]).all())
+    # and they say something: on average at least a fifth
+    assert float((planes.fine(norm, rivals, math.inf).double() / exact)[compared].mean()) > 0.2

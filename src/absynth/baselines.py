@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from absynth.certificates import Prototypes
 from absynth.checks import check_images
 from absynth.errors import InputError
 from absynth.nearest import differences, nearest_of_each_class, offsets_of, rounding_slack
+from absynth.planes import Prototypes
 from absynth.responses import Threshold
 from absynth.shortlist import ComparesAll
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from absynth.certificates import Prototypes
 from absynth.checks import check_images
 from absynth.classifiers import Analysis, Calibrated
 from absynth.decoding import FoldedDecoder, from_blocks
 from absynth.errors import InputError
 from absynth.nearest import differences, nearest_of_each_class, offsets_of, rounding_slack
+from absynth.planes import Prototypes
 from absynth.responses import Ramp
 from absynth.shortlist import ComparesAll
 

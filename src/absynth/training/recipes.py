@@ -100,9 +100,9 @@ def train(
 
     A training that was stopped, by Ctrl-C or ``kill -9``, continues when called again with the same arguments.
     ``effort`` scales the number of steps: 1 is the shipped quality. "binary-abs" and "prototype-abs" need the "abs"
-    weights in ``out`` and train them first if they are missing. Networks, prototypes and decoders that hold are trained
-    on ``device``; the generative models always by processes on the CPU. Raises InputError for unknown names, for
-    checkpoints of another training and for a device that is not there.
+    weights in ``out`` and train them first if they are missing. Networks and prototypes are trained on ``device``; the
+    generative models always by processes on the CPU. Raises InputError for unknown names, for checkpoints of another
+    training and for a device that is not there.
     """
     if name not in _RECIPES:
         raise unknown_name("model", name, _RECIPES)

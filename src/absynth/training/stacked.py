@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from absynth.decoding import BLOCK, _blocks_of_stride_1, _phases_of_stride_2
 from absynth.vae import Decoder, VAEConfig
 
+EPSILON = nn.BatchNorm2d(1).eps
+
 
 class StackedDecoders(nn.Module):
     """K decoders: latents (K,P,D) -> images (K,P,N) in (0,1), in block order; differentiable in weights and latents."""
@@ -77,7 +79,7 @@ class StackedDecoders(nn.Module):
     def _folded(self, layer: int) -> tuple[Tensor, Tensor]:
         """Weight (K,I,O,k,k) and bias (K,O) of a transposed convolution that does its batch norm too."""
         norm = {key: getattr(self, f"bn_{layer}_{key}") for key in ("weight", "bias", "running_mean", "running_var")}
-        scale = norm["weight"] / torch.sqrt(norm["running_var"] + nn.BatchNorm2d(1).eps)  # (K,O)
+        scale = norm["weight"] / torch.sqrt(norm["running_var"] + EPSILON)  # (K,O)
         weight, bias = getattr(self, f"conv_{layer}_weight"), getattr(self, f"conv_{layer}_bias")
         return weight * scale[:, None, :, None, None], (bias - norm["running_mean"]) * scale + norm["bias"]
 
