@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from absynth.candidates import Candidates, matrix_vector
+from absynth.candidates import Candidates, chunk_size, matrix_vector
 from absynth.data import digest
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.training.augment import Augmentation, augment
@@ -108,8 +108,9 @@ class Starts:
     @classmethod
     @torch.no_grad()
     def of(cls, folded: FoldedDecoder, latents: Tensor, beta: float) -> Starts:
-        jacobians = torch.cat([folded.tangents(folded.activations(chunk)) for chunk in latents.split(32)])
-        damping = beta / 2 * torch.eye(latents.shape[1])
+        chunks = latents.split(2000 if latents.is_cuda else 32)
+        jacobians = torch.cat([folded.tangents(folded.activations(chunk)) for chunk in chunks])
+        damping = beta / 2 * torch.eye(latents.shape[1], device=latents.device)
         inverses = torch.linalg.inv(jacobians @ jacobians.mT + damping)
         return cls(Candidates(folded, latents, beta), jacobians, inverses, beta)
 
@@ -127,7 +128,7 @@ class Starts:
 def promised(starts: Starts, images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (N,C,S,S) -> the energies (N,) that a Newton step from the best candidate promises, and its index (N,)."""
     energies, found = [], []
-    for part in images.split(256):
+    for part in images.split(chunk_size(256, images)):
         blocks = to_blocks(part)
         chosen = starts.candidates.best(blocks, None)
         energies.append(starts.step(blocks, chosen)[2])
@@ -150,9 +151,10 @@ def choose_rivals(energies: Tensor, labels: Tensor, config: ContrastConfig) -> T
 @torch.no_grad()
 def settle(folded: FoldedDecoder, starts: Starts, pairs: Pairs, images: Tensor, config: ContrastConfig) -> None:
     """Newton steps of the latents, in place. One that raises the energy is taken back, and the next one is shorter."""
-    for rows in torch.arange(len(pairs.images)).split(64):
+    device = images.device
+    for rows in torch.arange(len(pairs.images), device=device).split(chunk_size(64, images)):
         targets, chosen = to_blocks(images[pairs.images[rows]]), pairs.starts[rows]
-        best, rate = starts.candidates.latents[chosen], torch.ones(len(rows))
+        best, rate = starts.candidates.latents[chosen], torch.ones(len(rows), device=device)
         lowest, newton, _ = starts.step(targets, chosen)
         for step in range(config.settling):
             trial = best + rate[:, None] * newton
@@ -177,8 +179,9 @@ def _energies(decoder: Decoder, latents: Tensor, targets: Tensor, beta: float) -
 
 def exchange(pairs: Sequence[Pairs], count: int) -> None:
     """Tell every pair what it is compared with: a rival the true class, a true class the best rival."""
-    true = torch.full((count,), torch.nan)
-    rival = torch.full((count,), torch.inf)
+    device = pairs[0].energies.device
+    true = torch.full((count,), torch.nan, device=device)
+    rival = torch.full((count,), torch.inf, device=device)
     for one in pairs:
         true[one.images[one.own]] = one.energies[one.own]
         rows = one.images[~one.own]
@@ -231,10 +234,18 @@ def sharpen(
     as the last round found them.
 
     ``candidates`` (K,M,D) are where searches start; ``response`` is what the classifier will do to pixels.
+    Images on a GPU are trained on there (``absynth.training.together``), all others by ``workers`` processes.
     ``checkpoint`` names a file written after each round and continued from; resumed and uninterrupted runs end in the
     same weights. Raises InputError for a checkpoint of another configuration, of other decoders or of other data.
     """
     config = config or ContrastConfig()
+    if images.is_cuda:
+        from absynth.training.together import sharpen_together  # here: it builds on this module
+
+        return sharpen_together(
+            decoders, candidates, images, labels, sizes, config,
+            beta=beta, response=response, checkpoint=checkpoint, progress=progress,
+        )  # fmt: skip
     classes = len(decoders)
     identity = {
         "model": "contrast", "config": asdict(config), "response": repr(response),

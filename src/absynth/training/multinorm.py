@@ -170,10 +170,10 @@ def _balls_recipe(radii: tuple[tuple[str, float], ...], **settings: Any) -> Call
         config = replace(base, epochs=max(1, round(base.epochs * effort)))
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         model = train_in_balls(
-            *run.train, config, held_out=run.held_out, checkpoint=run.checkpoints / "last.safetensors",
-            progress=run.progress,
+            *run.placed(run.train), config, held_out=run.placed(run.held_out),
+            checkpoint=run.checkpoints / "last.safetensors", progress=run.progress,
         )  # fmt: skip
-        return recipes._network(run, model, asdict(config), torch.float16)
+        return recipes._network(run, model.cpu(), asdict(config), torch.float16)
 
     return recipe
 

@@ -108,7 +108,7 @@ def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
     sizes = VAEConfig(size, channels, plain.candidates.shape[2])
     decoders: list[Decoder] = list(plain.decoders)  # type: ignore[arg-type]
     decoders, own, rival = sharpen(
-        decoders, plain.candidates, *run.train, sizes, cycle, beta=plain.beta, response=ramp,
+        decoders, plain.candidates, *run.placed(run.train), sizes, cycle, beta=plain.beta, response=ramp,
         checkpoint=run.checkpoints / "contrast.safetensors", progress=run.progress,
     )  # fmt: skip
     starts = choose_all_candidates(own, rival, run.seed)
