@@ -87,20 +87,3 @@ def class_scales(energies: Tensor, labels: Tensor, rounds: int = 3, span: float 
                 if (found := score(candidate)) > best:
                     best, scales = found, candidate
     return scales.float()
-
-
-def helpful_scales(energies: Tensor, labels: Tensor, folds: int = 5, seed: int = 0) -> Tensor:
-    """The ``class_scales`` (K,) of energies (N,K) where they help on images they were not chosen on, else ones.
-
-    A factor a class can fit a handful of images by heart: they are chosen on all folds but one, and judged on that one.
-    """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    right = 0
-    for judged in order.chunk(folds):
-        rest = torch.ones(len(labels), dtype=torch.bool)
-        rest[judged] = False
-        scaled = energies[judged] * class_scales(energies[rest], labels[rest])
-        right += int((scaled.argmin(1) == labels[judged]).sum())
-    if right > int((energies.argmin(1) == labels).sum()):
-        return class_scales(energies, labels)
-    return torch.ones(energies.shape[1])

@@ -24,7 +24,7 @@ from absynth.errors import InputError, unknown_name
 from absynth.prototypes import PrototypeABS
 from absynth.responses import Threshold
 from absynth.training.augment import Augmentation, augment
-from absynth.training.calibration import calibrate, helpful_scales, refusal_threshold
+from absynth.training.calibration import calibrate, class_scales, refusal_threshold
 from absynth.training.candidates import CANDIDATES, EXPLAINED, choose_all_candidates, choose_candidates, widen
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
@@ -34,18 +34,13 @@ from absynth.training.generative import GenerativeConfig, train_classes
 from absynth.training.prototypes import PrototypeConfig, train_prototypes, with_more_latents
 from absynth.vae import Decoder, VAEConfig
 
+# Cycles of the contrast, each from fresh candidates.
+CONTRAST = (ContrastConfig(),)
+
+
 COPIES = Augmentation(rotation=5, zoom=0.05, shear=5, shift=0.3, bicubic=True)  # of images that centers are made of
 # Large moves, against learning the training images by heart.
 MOVES = Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, elastic=0.3, bicubic=True)
-LARGE_MOVES = Augmentation(rotation=12, zoom=0.12, shear=10, shift=0.8, elastic=0.5, bicubic=True)
-# Cycles of the contrast, each from fresh candidates.
-CONTRAST = (ContrastConfig(),)
-# More of them where there is a GPU: 9 minutes there, three hours on two cores. The decoders that the last two end with
-# are averaged.
-LONG_CONTRAST = (
-    ContrastConfig(rounds=46, batch_size=64, settling=4, augmentation=MOVES, seed=6),
-    ContrastConfig(rounds=37, batch_size=64, settling=6, augmentation=LARGE_MOVES, seed=6),
-)
 PROTOTYPES = PrototypeConfig(
     latent_size=16, epochs=80, batch_size=512, margin=1.0, learning_rate=1e-3, augmentation=MOVES
 )
@@ -104,10 +99,10 @@ def train(
     """Train the model ``name`` of the zoo on a data set and write its weights to the folder ``out``; returns the file.
 
     A training that was stopped, by Ctrl-C or ``kill -9``, continues when called again with the same arguments.
-    ``effort`` scales the number of steps: 1 is the shipped quality; of "abs" on a GPU alone, where the contrast goes on
-    for longer. "binary-abs" and "prototype-abs" need the "abs" weights in ``out`` and train them first if they are
-    missing. The first two phases of the generative models run in processes on the CPU, all else on ``device``. Raises
-    InputError for unknown names, for checkpoints of another training and for a device that is not there.
+    ``effort`` scales the number of steps: 1 is the shipped quality. "binary-abs" and "prototype-abs" need the "abs"
+    weights in ``out`` and train them first if they are missing. The first two phases of the generative models run in
+    processes on the CPU, all else on ``device``. Raises InputError for unknown names, for checkpoints of another
+    training and for a device that is not there.
     """
     if name not in _RECIPES:
         raise unknown_name("model", name, _RECIPES)
@@ -128,10 +123,9 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
     config = replace(
         base, vae_steps=max(1, round(base.vae_steps * effort)), decoder_steps=max(1, round(base.decoder_steps * effort))
     )
-    planned = CONTRAST if run.device.type == "cpu" else CONTRAST + LONG_CONTRAST
     cycles = [
-        replace(cycle, seed=100 * run.seed + cycle.seed + number, rounds=max(1, round(cycle.rounds * min(1.0, effort))))
-        for number, cycle in enumerate(planned)
+        replace(cycle, seed=100 * run.seed + number, rounds=max(1, round(cycle.rounds * min(1.0, effort))))
+        for number, cycle in enumerate(CONTRAST)
     ]
     sizes = VAEConfig(run.train[0].shape[-1], run.train[0].shape[1], config.latent_size)
     rounds = sum(cycle.rounds for cycle in cycles) * run.classes * STAGES
@@ -149,7 +143,6 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
     decoders = [one.vae.decoder for one in trained]
     starts = torch.stack([choose_candidates(one.latents, CANDIDATES, run.seed) for one in trained])
     before = whole - rounds * scale  # steps of the phases and cycles that are over
-    ends = []
     for number, cycle in enumerate(cycles):
         decoders, own, rival = sharpen(
             decoders, starts.half().float(), *run.placed(run.train), sizes, cycle,
@@ -158,27 +151,8 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
         )  # fmt: skip
         starts = choose_all_candidates(own, rival, run.seed)
         before += cycle.rounds * run.classes * STAGES * scale
-        ends.append(decoders)
-    if run.device.type != "cpu":
-        decoders = averaged(ends[-2:], sizes)
     starts = widened(run, decoders, starts, sizes, config.beta, effort)
     return assemble_abs(run, decoders, starts, config, cycles)
-
-
-def averaged(ends: list[list[Decoder]], sizes: VAEConfig) -> list[Decoder]:
-    """The decoders whose weights are the means of those of several trainings that went on from one another."""
-    means = []
-    for same_class in zip(*ends, strict=True):
-        states = [decoder.state_dict() for decoder in same_class]
-        decoder = Decoder(sizes)
-        decoder.load_state_dict(
-            {
-                name: torch.stack([state[name] for state in states]).mean(0) if value.is_floating_point() else value
-                for name, value in states[0].items()
-            }
-        )
-        means.append(decoder.eval().requires_grad_(False))
-    return means
 
 
 def widened(
@@ -250,7 +224,7 @@ def _train_binary_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[
     model = ABS(list(plain.decoders), plain.candidates, response=response, beta=plain.beta)
     # every class followed to the end: the factors may bring a class back that the search would have given up
     energies = torch.cat([model.analyze(chunk).energies for chunk in images.split(128)])
-    model.scales = helpful_scales(energies, labels)
+    model.scales = class_scales(energies, labels)
     calibration = calibrate(energies * model.scales, labels)
     model.alpha, model.eta = calibration.alpha, calibration.eta
     model.refusal = refusal_threshold(model.posterior(-energies * model.scales))

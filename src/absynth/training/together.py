@@ -20,6 +20,7 @@ from absynth.data import digest
 from absynth.decoding import FoldedDecoder, to_blocks, whole_precision
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.contrast import (
+    STAGES,
     ContrastConfig,
     Pairs,
     Starts,
@@ -71,7 +72,7 @@ def sharpen_together(
         starts = _drawn(latents, starts.shape[1], config.seed * 1000 + round_number).to(device)
         if progress is not None:
             text = f"contrast, round {round_number + 1} of {config.rounds}: loss {loss:.2f}"
-            progress(round_number + 1, config.rounds, text)
+            progress((round_number + 1) * STAGES * classes, config.rounds * STAGES * classes, text)  # as on a CPU
         if checkpoint is not None:
             found = {
                 f"{n}.{name}": one
