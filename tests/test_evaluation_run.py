@@ -34,6 +34,8 @@ from absynth.evaluation.ledger import FILE_NAME
 from absynth.evaluation.plan import choose_attacks, row_seed
 from absynth.evaluation.run import Progress
 from absynth.norms import L2
+from absynth.prototypes import PrototypeABS
+from absynth.vae import Decoder, VAEConfig
 from evaluation_models import ALL_NORMS, SUITE, Bad, run
 
 
@@ -237,6 +239,22 @@ def test_the_digest_names_weights_and_settings() -> None:
         model_digest(nn.Sequential(models.Linear())),
     ]
     assert len(set(digests)) == 5 and model_digest(models.Linear()) == digests[0]
+
+
+def test_the_digest_is_the_same_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prototype_model(seed: int = 0) -> PrototypeABS:
+        torch.manual_seed(seed)
+        return PrototypeABS([Decoder(VAEConfig()).eval() for _ in range(2)], [torch.randn(3, 8) for _ in range(2)])
+
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    model = prototype_model()
+    before = model_digest(network), model_digest(model)
+    monkeypatch.setattr(nn.BatchNorm2d, "extra_repr", lambda module: "as another version says it")
+    model.points += 1e-7  # as another processor decodes it
+    assert (model_digest(network), model_digest(model)) == before
+    assert model_digest(prototype_model(1)) != before[1]
+    other = PrototypeABS([Decoder(VAEConfig()).eval() for _ in range(2)], list(model.latents.split(model.class_counts)))
+    assert model_digest(other) != before[1]  # the same latents, decoded by others
 
 
 def test_jobs_cover_what_is_missing() -> None:

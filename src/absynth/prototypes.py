@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from absynth.checks import check_images
 from absynth.classifiers import Analysis, Calibrated
+from absynth.data import digest
 from absynth.decoding import FoldedDecoder, from_blocks
 from absynth.errors import InputError
 from absynth.nearest import differences, nearest_of_each_class, offsets_of, rounding_slack
@@ -41,6 +42,8 @@ class PrototypeABS(Calibrated, ComparesAll):
     latents: Tensor  # (M,D)
     _offsets: Tensor
 
+    derived = ("points", "costs")  # from the latents and the decoders, by arithmetic that differs between processors
+
     def __init__(
         self,
         decoders: Iterable[nn.Module],
@@ -53,7 +56,8 @@ class PrototypeABS(Calibrated, ComparesAll):
     ) -> None:
         super().__init__(alpha, eta, refusal)
         self.beta = beta
-        every = list(latents)
+        every, decoders = list(latents), list(decoders)
+        self.decoders_digest = digest(*(one for decoder in decoders for one in decoder.state_dict().values()))
         folded: list[Any] = [FoldedDecoder(decoder) for decoder in decoders]  # type: ignore[arg-type]
         if len(folded) < 2 or len(folded) != len(every) or any(len(one) == 0 for one in every):
             raise InputError(

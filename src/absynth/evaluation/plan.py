@@ -122,7 +122,9 @@ def model_digest(model: Classifier) -> str:
     """SHA-256, in hexadecimal, of a model's class names, plain settings and state dict.
 
     Plain settings are the numbers, strings and tuples among the attributes of the module and its submodules, and frozen
-    dataclasses of them. A function that is no module is named by its module and qualified name.
+    dataclasses of them. A function that is no module is named by its module and qualified name. The same on every
+    machine and under every version of PyTorch: what a module lists as ``derived``, whose last digits depend on the
+    processor, is left out, and so is how PyTorch's own modules describe themselves.
     """
     total = hashlib.sha256()
     if not isinstance(model, nn.Module):
@@ -132,10 +134,16 @@ def model_digest(model: Classifier) -> str:
         return total.hexdigest()
     for path, module in model.named_modules():
         settings = {key: value for key, value in vars(module).items() if _is_setting(key, value)}
-        text = f"{path} {type(module).__qualname__} {module.extra_repr()} {sorted(settings.items())}"
+        said = "" if type(module).__module__.startswith("torch.") else module.extra_repr()
+        text = f"{path} {type(module).__qualname__} {said} {sorted(settings.items())}"
         total.update(re.sub(r" at 0x[0-9a-f]+", "", text).encode())
+    derived = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name in getattr(module, "derived", ())
+    }
     for name, value in model.state_dict().items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name not in derived:
             total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             total.update(value.detach().cpu().contiguous().flatten().numpy().tobytes())
     return total.hexdigest()
