@@ -77,10 +77,11 @@ class Run:
         return self.out / f"{self.name}.training"
 
     def header(self, config: dict[str, Any], clean: float, **more: Any) -> dict[str, Any]:
+        command = f"absynth train {self.name} --data {self.dataset} --seed {self.seed}"
         return {
             "model": self.name, "config": config, "data": str(self.dataset), "data_digest": self.data_digest,
             "seed": self.seed, "accuracy": clean,
-            "command": f"absynth train {self.name} --data {self.dataset} --seed {self.seed}",
+            "command": command if self.device.type == "cpu" else f"{command} --device {self.device}",
             **more,
         }  # fmt: skip
 
