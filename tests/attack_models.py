@@ -26,6 +26,8 @@ class NearestPrototype:
         self.prototypes = prototypes  # (K,1,S,S)
 
     def __call__(self, images: Tensor) -> Tensor:
+        # as the project's own models do: an attack that asks beyond the box would get an error instead of an answer
+        assert images.min() >= 0 and images.max() <= 1, (float(images.min()), float(images.max()))
         return -(images.unsqueeze(1) - self.prototypes).square().flatten(2).sum(2)
 
     def analyze(self, images: Tensor) -> Explained:

@@ -26,7 +26,7 @@ from absynth.attacks.queries import CountingClassifier
 from absynth.attacks.search import first_on_path, run_procedures, starting_points
 from absynth.attacks.transfer import Transfer
 from absynth.errors import InputError
-from absynth.norms import L0, L2, LINF, NORMS
+from absynth.norms import L0, L1, L2, LINF, NORMS
 from attack_models import SIDE, images_near, prototypes, trained_digits
 
 MODEL = prototypes()
@@ -275,6 +275,24 @@ def test_ours_are_no_weaker_than_foolbox() -> None:
     _, _, success = foolbox.attacks.LinfPGD(steps=20, random_start=False)(theirs, images, labels, epsilons=radius)
     ours = ProjectedGradient(LINF, radius=radius, steps=20, relative_step=0.1)(network, images, goal, seeds)
     assert 0 < int(success.sum()) <= int(ours.found.sum())
+
+
+def test_ead_asks_within_the_box() -> None:
+    """Its momentum leaves it where pixels lie at the edges, as those of MNIST do; models refuse such images."""
+    model = prototypes()
+    torch.manual_seed(0)
+    model.prototypes = (torch.rand(3, 1, SIDE, SIDE) > 0.5).float()
+    images = (model.prototypes[:2] + 0.3 * torch.rand(2, 1, SIDE, SIDE)).clamp(0, 1)
+    beyond = []
+
+    def watched(asked: Tensor) -> Tensor:
+        beyond.append(asked.min() < 0 or asked.max() > 1)
+        logits: Tensor = model(asked.clamp(0, 1))
+        return logits
+
+    attack, goal = Foolbox(L1, "ead", steps=60), Goal.untargeted(torch.arange(2))
+    assert attack(watched, images, goal, torch.arange(2)).found.all()
+    assert not any(beyond)
 
 
 @pytest.mark.parametrize("method", ["ddn", "carlini-wagner", "fmn"])

@@ -233,7 +233,11 @@ class Foolbox(Attack):
 
 
 class _Model(foolbox.models.base.Model):
-    """A classifier as Foolbox wants it: bounds, tensors of any framework in and out, logits times ``scale`` (B,)."""
+    """A classifier as Foolbox wants it: bounds, tensors of any framework in and out, logits times ``scale`` (B,).
+
+    The momentum of EAD asks beyond the bounds, and models refuse such images. They are cut to the bounds for the
+    answer, and its gradient is passed on as it is.
+    """
 
     data_format = "channels_first"
 
@@ -246,7 +250,8 @@ class _Model(foolbox.models.base.Model):
 
     def __call__(self, inputs: Any) -> Any:
         images, restore = ep.astensor_(inputs)
-        return restore(ep.astensor(self._classifier(images.raw) * self._scale))
+        inside = images.raw.clamp(0, 1).detach() + (images.raw - images.raw.detach())
+        return restore(ep.astensor(self._classifier(inside) * self._scale))
 
 
 def _make(method: Method, steps: int) -> Any:
