@@ -16,7 +16,7 @@ from PIL import Image
 
 import absynth
 from absynth import data, weight_files, zoo
-from absynth.cli import app, main
+from absynth.cli import app, evaluation, main
 from small_models import save_picture, write_all
 
 ROOT = Path(__file__).parent.parent
@@ -392,3 +392,9 @@ def test_a_device_that_is_not_there_is_one_line(
     found = run(*command, *model, "--data", "digits", *place, "--device", "gpu0")
     assert found.code == 2 and found.out == "" and "'gpu0'" in found.err and "use cpu" in found.err
     assert "Traceback" not in found.err
+
+
+def test_what_takes_days_is_attacked_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    clean, attacked = (evaluation._at_hand(None, None, cheap=cheap) for cheap in (False, True))
+    assert set(clean) - set(attacked) == {"smoothed-cnn"}
+    assert "--model smoothed-cnn" in capsys.readouterr().err

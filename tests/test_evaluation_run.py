@@ -18,6 +18,7 @@ from torch import nn
 
 import evaluation_models as models
 from absynth.attacks.gradient import FastGradient
+from absynth.classifiers import ABS
 from absynth.errors import InputError
 from absynth.evaluation import (
     Certificate,
@@ -246,7 +247,8 @@ def test_the_digest_is_the_same_on_another_machine(monkeypatch: pytest.MonkeyPat
         torch.manual_seed(seed)
         return PrototypeABS([Decoder(VAEConfig()).eval() for _ in range(2)], [torch.randn(3, 8) for _ in range(2)])
 
-    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    torch.manual_seed(2)
+    network = ABS([Decoder(VAEConfig()).eval() for _ in range(2)], torch.randn(2, 5, 8))  # its decoders have batch norm
     model = prototype_model()
     before = model_digest(network), model_digest(model)
     monkeypatch.setattr(nn.BatchNorm2d, "extra_repr", lambda module: "as another version says it")

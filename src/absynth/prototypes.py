@@ -42,7 +42,10 @@ class PrototypeABS(Calibrated, ComparesAll):
     latents: Tensor  # (M,D)
     _offsets: Tensor
 
-    derived = ("points", "costs")  # from the latents and the decoders, by arithmetic that differs between processors
+    derived_buffers = (
+        "points",
+        "costs",
+    )  # from the latents and the decoders, by arithmetic that differs between processors
 
     def __init__(
         self,

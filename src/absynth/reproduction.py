@@ -32,6 +32,8 @@ from absynth.evaluation.reporting import Report, report
 from absynth.evaluation.run import Executor
 from absynth.inventory import describe_model
 
+COSTLY = ("smoothed-cnn",)  # attacked only when asked for by name
+
 Told = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
 
 

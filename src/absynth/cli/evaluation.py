@@ -65,7 +65,7 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure models, clean or under attack."""
-    models = model or _at_hand(weights, root)
+    models = model or _at_hand(weights, root, cheap=attacks != "none")
     if attacks == "none":
         from absynth.clean import measure_models
 
@@ -167,7 +167,7 @@ def distal(
     json: Json = False,
 ) -> None:
     """Turn noise into what each model is sure of."""
-    models = model or _at_hand(weights, root)
+    models = model or _at_hand(weights, root, cheap=True)
     from absynth.reproduction import distal_images
 
     with kept("nothing was written; run the same command again"), progress("distal images") as report:
@@ -213,7 +213,7 @@ def reproduce(
     json: Json = False,
 ) -> None:
     """The paper's evidence: all models, all attacks, the report."""
-    models = model or _at_hand(weights, root)
+    models = model or _at_hand(weights, root, cheap=True)
     from absynth.reproduction import reproduce as run
     from absynth.reproduction import what_is_kept
 
@@ -234,11 +234,16 @@ def _goes_on(out: Path) -> str:
     return f"all finished rows are kept in {out}; the same command goes on from there"
 
 
-def _at_hand(weights: Path | None, root: Path | None) -> list[str]:
-    """All models that can be loaded; the others are named on stderr."""
-    from absynth.reproduction import at_hand
+def _at_hand(weights: Path | None, root: Path | None, *, cheap: bool) -> list[str]:
+    """All models that can be loaded, if ``cheap`` without those an attack on takes days; the others are named on
+    stderr."""
+    from absynth.reproduction import COSTLY, at_hand
 
     found, problems = at_hand(weights, root)
+    for name in COSTLY if cheap else ():
+        if name in found:
+            found.remove(name)
+            problems[name] = f"it answers a hundred times for each question; --model {name} attacks it all the same"
     for name, problem in problems.items():
         note(f"left out {name}: {problem}")
     if not found:
