@@ -42,7 +42,8 @@ class PrototypeABS(Calibrated, ComparesAll):
     latents: Tensor  # (M,D)
     _offsets: Tensor
 
-    derived_buffers = (
+    # from the latents and the decoders, by arithmetic that differs between processors
+    derived_buffers = ("points", "costs")
         "points",
         "costs",
     )  # from the latents and the decoders, by arithmetic that differs between processors

@@ -123,8 +123,8 @@ def model_digest(model: Classifier) -> str:
 
     Plain settings are the numbers, strings and tuples among the attributes of the module and its submodules, and frozen
     dataclasses of them. A function that is no module is named by its module and qualified name. The same on every
-    machine and under every version of PyTorch: what a module lists as ``derived_buffers``, whose last digits depend on the
-    processor, is left out, and so is how PyTorch's own modules describe themselves.
+    machine and under every version of PyTorch: what a module lists as ``derived_buffers``, whose last digits depend on
+    the processor, is left out, and so is how PyTorch's own modules describe themselves.
     """
     total = hashlib.sha256()
     if not isinstance(model, nn.Module):
