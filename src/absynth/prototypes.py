@@ -44,9 +44,6 @@ class PrototypeABS(Calibrated, ComparesAll):
 
     # from the latents and the decoders, by arithmetic that differs between processors
     derived_buffers = ("points", "costs")
-        "points",
-        "costs",
-    )  # from the latents and the decoders, by arithmetic that differs between processors
 
     def __init__(
         self,
