@@ -227,3 +227,16 @@ def test_screening_claims_no_more_than_what_is_measured(norm: str) -> None:
         assert bool((bounds.double()[compared] <= exact[compared]).all())
     # and they say something: on average at least a fifth
     assert float((planes.fine(norm, rivals, math.inf).double() / exact)[compared].mean()) > 0.2
+
+
+def test_what_the_bounds_do_not_hold_for_is_refused() -> None:
+    good = {"points": torch.rand(4, 3), "costs": torch.zeros(4), "labels": torch.tensor([0, 0, 1, 1])}
+    Prototypes(**good, slack=0.1)
+    for bad, named in (
+        ({"points": torch.tensor([[0.0, 1.5]]).expand(4, 2)}, "1.5"),
+        ({"points": torch.full((4, 3), torch.nan)}, "nan"),
+        ({"costs": torch.full((4,), torch.inf)}, "finite"),
+        ({"slack": -1.0}, "slack is -1"),
+    ):
+        with pytest.raises(InputError, match=named):
+            Prototypes(**{**good, **bad})

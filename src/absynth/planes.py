@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from absynth.errors import InputError
 from absynth.least import Box, least_l2_joint, least_norm
 from absynth.responses import Ramp
 
@@ -30,8 +31,10 @@ class Prototypes:
     """What a classifier by the nearest prototype compares images with.
 
     ``points`` (M,N) float32 in [0,1], ``costs`` (M,), ``labels`` (M,), sorted by label. ``slack``: the deployed
-    classifier, which rounds, never prefers a class whose f exceeds another's by more than this. ``response``: what is
-    done to the pixels first; None: nothing.
+    classifier, which rounds, never prefers a class whose f exceeds another's by more than this; 0 only for one that
+    does not round (``absynth.nearest.rounding_slack`` bounds what a float32 matrix product does). ``response``: what
+    is done to the pixels first; None: nothing. Raises InputError for points outside [0,1], for which the bounds would
+    not hold, for values that are not finite, and for a negative slack.
     """
 
     points: Tensor
@@ -39,6 +42,16 @@ class Prototypes:
     labels: Tensor
     slack: float = 0.0
     response: Ramp | None = None
+
+    def __post_init__(self) -> None:
+        low, high = float(self.points.min()), float(self.points.max())
+        if not (low >= 0 and high <= 1):
+            raise InputError(
+                f"prototypes have values from {low:.4g} to {high:.4g}; certificates hold for points in [0, 1]: scale "
+                "prototypes and images alike"
+            )
+        if not (bool(self.costs.isfinite().all()) and self.slack >= 0):
+            raise InputError(f"slack is {self.slack}; expected at least 0, and costs that are finite")
 
     def see(self, images: Tensor) -> Tensor:
         """What is compared with the prototypes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,11 +40,20 @@ def classify(
             if one.energies is not None:
                 print("  energies " + "  ".join(f"{name}: {energy:.4f}" for name, energy in one.energies.items()))
             if one.certified is not None:
-                radii = ", ".join(f"{_NORMS[norm]} {radius:.3g}" for norm, radius in one.certified.items())
-                print(f"  certified: no image nearer than {radii} gets another label")
+                radii = ", ".join(f"{_NORMS[norm]} {at_most(radius)}" for norm, radius in one.certified.items())
+                print(f"  certified: of no image nearer than {radii} is another class the likeliest")
     for one in found:
         if one.explanation is not None:
             note(f"explained in {one.explanation}")
+
+
+def at_most(radius: float) -> str:
+    """A radius to three digits, never rounded up: a certificate must not promise more than it proves."""
+    if not math.isfinite(radius) or radius == 0:
+        return f"{radius:g}"
+    digit = 10.0 ** (math.floor(math.log10(abs(radius))) - 2)
+    text = f"{radius:.3g}"
+    return text if float(text) <= radius else f"{math.floor(radius / digit) * digit:.3g}"
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -1,5 +1,5 @@
 // The live panel: label, posterior, reconstructions with their energies, certified radius.
-import { bars, element, erase, make, NORMS, paint, percent, says } from "./paint.js";
+import { atMost, bars, element, erase, make, NORMS, paint, percent, says } from "./paint.js";
 import { decodeBytes, decodeImage, encodeImage, Latest, post } from "./wire.js";
 
 const DIGITS = [..."0123456789"];
@@ -96,8 +96,8 @@ export class Look {
     box.replaceChildren();
     if (radii !== null) {
       const chips = ["l2", "linf", "l1", "l0"].map((norm) =>
-        make("span", { class: "chip" }, make("b", { text: NORMS[norm] }), norm === "l0" ? `${radii[norm]} px` : radii[norm].toPrecision(3)));
-      box.append(make("p", { text: `Proven: no image nearer than this is labeled other than ${answer.names[answer.label]}` }), make("div", { class: "chips" }, ...chips));
+        make("span", { class: "chip" }, make("b", { text: NORMS[norm] }), norm === "l0" ? `${radii[norm]} px` : atMost(radii[norm])));
+      box.append(make("p", { text: `Proven: of no image nearer than this is another class than ${answer.names[answer.label]} the likeliest` }), make("div", { class: "chips" }, ...chips));
     } else if (this.state.prover !== null && this.state.prover !== this.state.model) {
       const switcher = make("button", { type: "button", class: "link", text: `prove one with ${this.state.prover}` });
       switcher.addEventListener("click", () => this.state.choose(this.state.prover));
