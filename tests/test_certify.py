@@ -16,6 +16,7 @@ import torch
 from absynth import data, zoo
 from absynth.certificates import certified_radii
 from absynth.cli import main
+from absynth.cli.pictures import at_most
 from absynth.errors import InputError
 from absynth.estimates import PLAIN, THRESHOLDED, _paper_l2, estimated_radii
 from absynth.evaluation import Ledger, certify, evaluate, report, verify
@@ -195,3 +196,10 @@ def test_estimates_are_for_abs(weights: Path) -> None:
         estimated_radii(zoo.load("cnn", folder=weights), torch.zeros(1, 1, 28, 28), torch.tensor([0]))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="searches is 0"):
         estimated_radii(zoo.load("abs", folder=weights), torch.zeros(1, 1, 28, 28), torch.tensor([0]), searches=0)  # type: ignore[arg-type]
+
+
+def test_a_certified_radius_is_never_rounded_up() -> None:
+    for radius in (2.5489, 0.170699, 0.99999, 12.349, 13.0, 1e-7, 0.0, 100.9, 1234.0):
+        shown = float(at_most(radius))
+        assert shown <= radius and (radius - shown) <= 0.01 * radius
+    assert at_most(math.inf) == "inf"

@@ -7,6 +7,7 @@ import torch
 
 import absynth
 from absynth.clean import measure
+from absynth.cli import evaluation
 
 
 def test_measure_exactly() -> None:
@@ -25,3 +26,9 @@ def test_measure_exactly() -> None:
     assert found.refused is None
     with pytest.raises(absynth.InputError, match="2 classes"):
         measure(classifier, images, torch.tensor([0, 0, 1, 2]))
+
+
+def test_what_takes_days_is_attacked_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    clean, attacked = (evaluation._at_hand(None, None, cheap=cheap) for cheap in (False, True))
+    assert set(clean) - set(attacked) == {"smoothed-cnn"}
+    assert "--model smoothed-cnn" in capsys.readouterr().err

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -17,8 +16,7 @@ from PIL import Image
 
 import absynth
 from absynth import data, weight_files, zoo
-from absynth.cli import app, evaluation, main
-from absynth.cli.pictures import at_most
+from absynth.cli import app, main
 from small_models import save_picture, write_all
 
 ROOT = Path(__file__).parent.parent
@@ -394,16 +392,3 @@ def test_a_device_that_is_not_there_is_one_line(
     found = run(*command, *model, "--data", "digits", *place, "--device", "gpu0")
     assert found.code == 2 and found.out == "" and "'gpu0'" in found.err and "use cpu" in found.err
     assert "Traceback" not in found.err
-
-
-def test_what_takes_days_is_attacked_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    clean, attacked = (evaluation._at_hand(None, None, cheap=cheap) for cheap in (False, True))
-    assert set(clean) - set(attacked) == {"smoothed-cnn"}
-    assert "--model smoothed-cnn" in capsys.readouterr().err
-
-
-def test_a_certified_radius_is_never_rounded_up() -> None:
-    for radius in (2.5489, 0.170699, 0.99999, 12.349, 13.0, 1e-7, 0.0, 100.9, 1234.0):
-        shown = float(at_most(radius))
-        assert shown <= radius and (radius - shown) <= 0.01 * radius
-    assert at_most(math.inf) == "inf"

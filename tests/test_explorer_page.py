@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from absynth import data, zoo
+from absynth.certificates import certified_radii
 from absynth.explorer.guard import Limits
 from absynth.explorer.shelf import Shelf
 from browser import PATIENCE, SEVEN, chromium, draw, find, opened, resize, serving, shade, text, wait
@@ -121,6 +122,11 @@ def test_test_images_pictures_and_their_errors(browser: Any, weights: Path, tmp_
     wait(browser, "#label", str(int(model(images[7:8]).argmax())))
     assert np.abs(painted(browser, "seen") - 255 * images[7, 0].numpy()).max() <= 1
     assert "Proven" in wait(browser, "#certified", "Proven") and "L2" in text(browser, "#certified")
+    chips = [chip.text for chip in browser.find_elements("css selector", "#certified .chip")]
+    proven = certified_radii(model, images[7:8], model(images[7:8]).argmax(1), ("l2", "linf"))
+    for name, norm in (("L2", "l2"), ("L∞", "linf")):
+        shown = next(float(chip.removeprefix(name)) for chip in chips if chip.startswith(name))
+        assert 0.99 * float(proven[norm]) <= shown <= float(proven[norm])  # never rounded up
     find(browser, "#next").click()
     wait(browser, "#source-note", "Test image 8 of digits")
     choose(browser, "cnn")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from decimal import ROUND_FLOOR, Context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,11 +49,7 @@ def classify(
 
 def at_most(radius: float) -> str:
     """A radius to three digits, never rounded up: a certificate must not promise more than it proves."""
-    if not math.isfinite(radius) or radius == 0:
-        return f"{radius:g}"
-    digit = 10.0 ** (math.floor(math.log10(abs(radius))) - 2)
-    text = f"{radius:.3g}"
-    return text if float(text) <= radius else f"{math.floor(radius / digit) * digit:.3g}"
+    return f"{float(Context(prec=3, rounding=ROUND_FLOOR).create_decimal_from_float(radius)):.3g}"
 
 
 def _sentence(verdict: Verdict) -> str:

@@ -4,12 +4,9 @@ import { SIDE } from "./wire.js";
 export const element = (id) => document.getElementById(id);
 export const percent = (share) =>
   share > 0.9995 && share < 1 ? "> 99.9 %" : `${(100 * share).toFixed(share < 0.0995 || share > 0.9 ? 1 : 0)} %`;
-/** Three digits, never rounded up: what is proven must not be promised farther than it is. */
-export function atMost(radius) {
-  const digit = radius > 0 ? 10 ** (Math.floor(Math.log10(radius)) - 2) : 1;
-  const nearest = Number(radius.toPrecision(3));
-  return (nearest <= radius ? nearest : Math.floor(radius / digit) * digit).toPrecision(3);
-}
+// What is proven must not be promised farther than it is: never rounded up.
+const atMostFormat = new Intl.NumberFormat("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 3, roundingMode: "floor", useGrouping: false });
+export const atMost = (radius) => atMostFormat.format(radius);
 
 export const NORMS = { l0: "L0", l1: "L1", l2: "L2", linf: "L∞" };
 
