@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from absynth.baselines import CNN, Binarized, MadryCNN
 from absynth.errors import InputError
+from absynth.training import multinorm, recipes
 from absynth.training.augment import Augmentation, augment
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.classifiers import (
@@ -290,3 +292,32 @@ def test_augmentation_moves_each_image_by_itself() -> None:
     assert 8 < degrees.max() < 10.5 and -10.5 < degrees.min() < -8
     assert augment(images, STILL, generator) is images
     assert (augment(images, Augmentation(), torch.Generator().manual_seed(2)).amax() <= 1).all()
+
+
+@pytest.mark.parametrize(
+    "name, module, function",
+    [
+        ("cnn", recipes, "train_cnn"),
+        ("madry", recipes, "train_madry"),
+        ("l2-adversarial", multinorm, "train_in_balls"),
+        ("msd", multinorm, "train_in_balls"),
+        ("smoothed-cnn", multinorm, "train_noisy"),
+    ],
+)
+def test_networks_are_trained_on_the_device_asked_for(
+    name: str, module: ModuleType, function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Reached(Exception):
+        pass
+
+    def placed(run: recipes.Run, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return split[0].to("meta"), split[1].to("meta")
+
+    def reached(images: Tensor, labels: Tensor, *_: object, held_out: tuple[Tensor, Tensor], **__: object) -> None:
+        assert {one.device.type for one in (images, labels, *held_out)} == {"meta"}
+        raise Reached
+
+    monkeypatch.setattr(recipes.Run, "placed", placed)
+    monkeypatch.setattr(module, function, reached)
+    with pytest.raises(Reached):
+        recipes.train(name, "digits", out=tmp_path, effort=0.01)
