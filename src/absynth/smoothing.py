@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from absynth.checks import check_images
+from absynth.decoding import whole_precision
 from absynth.errors import InputError
 
 AT_ONCE = 512  # noisy images a batch: bounds the memory
@@ -37,7 +38,9 @@ class Smoothed(nn.Module):
     def _vote(self, images: Tensor) -> Tensor:
         noise = torch.stack([self._noise(image) for image in images.detach()])  # (B,samples,C,S,S)
         noisy = (images.unsqueeze(1) + noise).clamp(0, 1).flatten(0, 1)
-        answers = self.classifier(noisy).unflatten(0, (len(images), self.samples))  # (B,samples,K)
+        with whole_precision(noisy):  # a vote that rounding decides would not be the same on every device
+            answers = self.classifier(noisy)
+        answers = answers.unflatten(0, (len(images), self.samples))  # (B,samples,K)
         votes = torch.nn.functional.one_hot(answers.argmax(2), answers.shape[2]).to(images.dtype).sum(1)
         if images.requires_grad:
             soft = answers.softmax(2).sum(1)
