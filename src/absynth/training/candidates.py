@@ -17,6 +17,7 @@ from absynth.training.explanations import explanations
 from absynth.vae import Decoder, VAEConfig
 
 CANDIDATES = 1000  # latents a class
+FOR_RIVALS = 0.4  # share of them that cover the explanations of other classes' images
 CLUSTERED = 12_000  # latents they are chosen from
 EXPLAINED = 6000  # training images that every class explains
 BLIND = 2000  # draws of the prior that those searches start from, besides the candidates
@@ -41,7 +42,7 @@ def choose_candidates(latents: Tensor, count: int, seed: int) -> Tensor:
 
 def choose_all_candidates(own: list[Tensor], rival: list[Tensor], seed: int) -> Tensor:
     """The latents (K,M,D) from which searches start: most cover a class's own images, the rest those of its rivals."""
-    for_rivals = CANDIDATES * 2 // 5
+    for_rivals = round(FOR_RIVALS * CANDIDATES)
     generator = torch.Generator().manual_seed(seed)
 
     def covering(latents: Tensor, count: int) -> Tensor:

@@ -82,9 +82,34 @@ class Pairs:
     energies: Tensor  # (P,) of this class
     others: Tensor  # (P,) of the class to be compared with: the true class for a rival, the best rival for its own
 
+    @classmethod
+    def begun(cls, wanted: Tensor, own: Tensor, chosen: Tensor, size: int) -> Pairs:
+        """Those that a class looks at, ``wanted`` (N,) of all images; ``own`` (N,) are its own, ``chosen`` (N,) the
+        candidates they start from. Latents, of ``size`` numbers, and energies are yet to be found."""
+        rows = wanted.nonzero()[:, 0]
+        nothing = torch.full((len(rows),), torch.nan, device=rows.device)
+        return cls(rows, own[rows], chosen[rows], nothing[:, None].repeat(1, size), nothing.clone(), nothing)
+
     def gaps(self) -> Tensor:
         """The rival's energy minus the true class's (P,)."""
-        return torch.where(self.own, self.others - self.energies, self.energies - self.others)
+        return gaps_between(self.own, self.energies, self.others)
+
+
+def gaps_between(own: Tensor, energies: Tensor, others: Tensor) -> Tensor:
+    """The rival's energy minus the true class's, for pairs of any shape."""
+    return torch.where(own, others - energies, energies - others)
+
+
+def derivatives(own: Tensor, energies: Tensor, others: Tensor, config: ContrastConfig) -> Tensor:
+    """The derivative of the loss by the energies of pairs, for pairs of any shape."""
+    gaps = gaps_between(own, energies.detach(), others)
+    push = config.weight * torch.sigmoid((config.margin - gaps) / config.temperature)
+    return torch.where(own, 1.0 + push, -push)
+
+
+def rate_at(done: float, config: ContrastConfig) -> float:
+    """The learning rate when this share of the training is done: up in a line, down as a cosine."""
+    return config.learning_rate * min(1.0, done / 0.03 + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def moved(
@@ -201,15 +226,11 @@ def train_round(
     shuffled = torch.randperm(len(visited), generator=generator)
     order = shuffled[visited[shuffled]].split(config.batch_size)
     for step, rows in enumerate(order):
-        done = (round_number + step / len(order)) / config.rounds
-        rate = config.learning_rate * min(1.0, done / 0.03 + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
+        rate = rate_at((round_number + step / len(order)) / config.rounds, config)
         # Adam's moments begin anew with each round: its first steps are small
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20)
         energies = _energies(decoder, pairs.latents[rows], images[pairs.images[rows]], beta)
-        own, others = pairs.own[rows], pairs.others[rows]
-        gaps = torch.where(own, others - energies.detach(), energies.detach() - others)  # rival minus true
-        push = config.weight * torch.sigmoid((config.margin - gaps) / config.temperature)
-        signs = torch.where(own, 1.0 + push, -push)  # the loss's derivative by this energy
+        signs = derivatives(pairs.own[rows], energies, pairs.others[rows], config)
         optimizer.zero_grad()
         torch.autograd.backward((signs * energies).sum() / len(rows))
         optimizer.step()
@@ -333,16 +354,8 @@ def _settle(
     round_number: int, number: int, weights: dict[str, Any], latents: Any, wanted: Any, own: Any, chosen: Any
 ) -> dict[str, Any]:
     folded, starts = _starts(weights, latents)
-    rows = torch.from_numpy(wanted).nonzero()[:, 0]
-    nothing = torch.full((len(rows),), torch.nan)
-    pairs = Pairs(
-        images=rows,
-        own=torch.from_numpy(own)[rows],
-        starts=torch.from_numpy(chosen)[rows],
-        latents=nothing[:, None].repeat(1, starts.candidates.latents.shape[1]),
-        energies=nothing.clone(),
-        others=nothing,
-    )
+    size = starts.candidates.latents.shape[1]
+    pairs = Pairs.begun(torch.from_numpy(wanted), torch.from_numpy(own), torch.from_numpy(chosen), size)
     settle(folded, starts, pairs, _round_images(round_number), _worker["config"])
     return _arrays(vars(pairs))
 

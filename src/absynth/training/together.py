@@ -7,7 +7,6 @@ before has found, drawn at random, because decoders move far from their first ca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from absynth.data import digest
 from absynth.decoding import FoldedDecoder, to_blocks, whole_precision
+from absynth.training.candidates import FOR_RIVALS
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.contrast import (
     STAGES,
@@ -25,16 +25,18 @@ from absynth.training.contrast import (
     Pairs,
     Starts,
     choose_rivals,
+    derivatives,
     exchange,
+    gaps_between,
     moved,
     promised,
+    rate_at,
     settle,
 )
 from absynth.training.stacked import StackedDecoders, restore_stacked, stacked_tensors
 from absynth.vae import Decoder, VAEConfig
 
 Progress = Callable[[int, int, str], None]
-RIVALS = 0.4  # share of the starts that explain other classes' images
 
 
 def sharpen_together(
@@ -97,12 +99,8 @@ def explained(
         wanted, own = choose_rivals(energies, labels, config), F.one_hot(labels, len(folded)).bool()
         pairs = []
         for number, (decoder, one) in enumerate(zip(folded, known, strict=True)):
-            rows = wanted[:, number].nonzero()[:, 0]
-            nothing = torch.full((len(rows),), torch.nan, device=images.device)
-            latents = nothing[:, None].repeat(1, starts.shape[2])
-            begun = Pairs(rows, own[rows, number], scanned[number][1][rows], latents, nothing.clone(), nothing)
-            settle(decoder, one, begun, images, config)
-            pairs.append(begun)
+            pairs.append(Pairs.begun(wanted[:, number], own[:, number], scanned[number][1], starts.shape[2]))
+            settle(decoder, one, pairs[-1], images, config)
     exchange(pairs, len(images))
     return pairs
 
@@ -128,21 +126,17 @@ def _train_round(
     chosen, latents, own, others = (gathered(name) for name in ("images", "latents", "own", "others"))
     steps, total = chosen.shape[1], torch.zeros((), device=images.device)
     for step in range(steps):
-        done = (round_number + step / steps) / config.rounds
-        rate = min(1.0, done / 0.03 + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
-        optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+        optimizer.param_groups[0]["lr"] = rate_at((round_number + step / steps) / config.rounds, config)
         some = latents[:, step]  # (K,b,D)
         squared = (blocks[chosen[:, step]] - stacked(some)).square().sum(2)  # (K,b)
         energies = squared + beta / 2 * some.square().sum(2)
-        is_own, other = own[:, step], others[:, step]
-        gaps = torch.where(is_own, other - energies.detach(), energies.detach() - other)  # rival minus true
-        push = config.weight * torch.sigmoid((config.margin - gaps) / config.temperature)
-        signs = torch.where(is_own, 1.0 + push, -push)  # the loss's derivative by this energy
+        signs = derivatives(own[:, step], energies, others[:, step], config)
         optimizer.zero_grad()
         torch.autograd.backward((signs * energies).sum() / config.batch_size)
         optimizer.step()
+        gaps = gaps_between(own[:, step], energies.detach(), others[:, step])
         missing = config.weight * config.temperature * F.softplus((config.margin - gaps) / config.temperature)
-        total += (missing + energies.detach() * is_own).mean()
+        total += (missing + energies.detach() * own[:, step]).mean()
     return float(total / steps)
 
 
@@ -165,7 +159,7 @@ def _drawn(latents: Sequence[tuple[Tensor, Tensor]], count: int, seed: int) -> T
     def some(found: Tensor, wanted: int) -> Tensor:
         return found[torch.randint(len(found), (wanted,), generator=generator)]
 
-    for_rivals = round(RIVALS * count)
+    for_rivals = round(FOR_RIVALS * count)
     return torch.stack(
         [
             torch.cat([some(own, count - for_rivals), some(rival if len(rival) else own, for_rivals)])
