@@ -23,7 +23,7 @@ from absynth.training.contrast import (
     choose_rivals,
     exchange,
     moved,
-    promised,
+    scan,
     settle,
     sharpen,
 )
@@ -160,10 +160,11 @@ def test_the_search_of_a_round_comes_close_to_the_analysis(digits: tuple[Tensor,
     folded = FoldedDecoder(decoder)
     known = Starts.of(folded, starts, 1.0)
     energies = candidate_energies(decoder, starts, images)
-    promise, chosen = promised(known, images)
-    own = torch.ones(40, dtype=torch.bool)
-    pairs = Pairs(torch.arange(40), own, chosen, starts[chosen], energies.clone(), energies)
-    settle(folded, known, pairs, images, ContrastConfig(settling=3))
+    scanned = scan(known, images)
+    promise = scanned.promised
+    everything = torch.ones(40, dtype=torch.bool)
+    pairs = Pairs.begun(everything, everything, starts.shape[1])
+    settle(folded, starts, known.inverses, scanned, pairs, images, ContrastConfig(settling=3), 1.0)
     found = analyze([folded], [Candidates(folded, starts, 1.0)], to_blocks(images), Schedule(steps=12)).energies[:, 0]
     assert (pairs.energies <= energies + 1e-3).all()  # a step that raises an energy is not taken
     assert (energies - pairs.energies).mean() > 0.7 * (energies - found).mean() > 0
@@ -194,7 +195,7 @@ def test_every_round_moves_the_images_afresh(digits: tuple[Tensor, Tensor]) -> N
 def test_a_rival_is_compared_with_the_true_class() -> None:
     def pairs(rows: list[int], own: list[bool], energies: list[float]) -> contrast.Pairs:
         nothing = torch.zeros(len(rows), 0)
-        return contrast.Pairs(torch.tensor(rows), torch.tensor(own), nothing, nothing, torch.tensor(energies), nothing)
+        return contrast.Pairs(torch.tensor(rows), torch.tensor(own), nothing, torch.tensor(energies), nothing)
 
     both = [pairs([0, 1], [True, False], [3.0, 9.0]), pairs([0, 1], [False, True], [7.0, 4.0])]
     exchange(both, 2)

@@ -109,7 +109,7 @@ def test_a_smaller_class_visits_its_pairs_again() -> None:
         others = torch.where(is_own, 5.0, 4.0)
         energies[own + rivals :] = 500.0
         nothing = torch.zeros(len(is_own))
-        return Pairs(torch.arange(len(is_own)), is_own, nothing, nothing, energies, others)
+        return Pairs(torch.arange(len(is_own)), is_own, nothing, energies, others)
 
     order = together._order([pairs(6, 3, 5), pairs(2, 1, 0)], replace(CONFIG, batch_size=4), 0)
     assert [len(rows) for rows in order] == [12, 12]

@@ -3,14 +3,14 @@ repeat."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from absynth.attacks.base import Attack, Problem, Proposals, per_image
-from absynth.attacks.following import confirmed, followed, or_else
+from absynth.attacks.confirming import what_holds
+from absynth.attacks.following import followed, or_else
 from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.projection import onto_halfspace
@@ -57,18 +57,44 @@ class BoundaryProjection(Attack):
     in_small_steps = False  # its runs are followed, several an image
 
     def search(self, problem: Problem) -> Proposals:
-        nearest = self._approach(problem, followed)
-        if can_follow(problem.classifier):
-            nearest = or_else(problem, nearest, self._approach)
+        if not can_follow(problem.classifier):
+            return self._cold(problem)
+        return or_else(problem, self._followed(problem), self._cold)
+
+    def _cold(self, problem: Problem) -> Proposals:
+        owner, rivals = self._runs(problem)
+        best = self._approach(problem.rows(owner), rivals, owner)
+        run = _nearest_runs(best, len(problem))
+        return self._finished(problem, Proposals(best.images[run], best.distance[run].isfinite()))
+
+    def _followed(self, problem: Problem) -> Proposals:
+        """The same on a classifier that starts from its last answers; what it says of the nearest runs is asked again,
+        cold."""
+        owner, rivals = self._runs(problem)
+        runs = followed(problem.rows(owner))
+        said, held = self._approach(runs, rivals, owner), Best(problem)
+        for _ in range(self.targets):
+            # First the nearest run of each image, then one that is nearer than what held, which is rare.
+            said.distance[said.distance >= held.distance[owner]] = torch.inf
+            run = _nearest_runs(said, len(problem))
+            todo = said.distance[run].isfinite().nonzero()[:, 0]
+            if not len(todo):
+                break
+            run = run[todo]
+            finished = self._finished(runs.rows(run), Proposals(said.images[run], torch.ones_like(todo).bool()))
+            found = what_holds(problem.rows(todo), finished)
+            held.update(todo, found.images, found.found)
+            said.distance[run] = torch.inf
+        return held.proposals()
+
+    def _finished(self, problem: Problem, nearest: Proposals) -> Proposals:
+        """What the projections led to, moved to the very boundary; L0: with the pixels reset that can be."""
         if self.norm == L0:
             return take_back(problem, or_else(problem, nearest, greedy_flips))
         return toward_clean(problem, nearest, self.bisections)
 
-    def _approach(self, problem: Problem, asked: Callable[[Problem], Problem] = lambda cold: cold) -> Proposals:
-        """The projections, iterated, on the problem as ``asked``; what was found there holds for ``problem``."""
-        owner, rivals = self._runs(problem)  # (R,), (R,): R runs, several an image
-        cold = problem.rows(owner)
-        runs = asked(cold)
+    def _approach(self, runs: Problem, rivals: Tensor, owner: Tensor) -> Best:
+        """The projections, iterated, for R runs: each toward a rival (R,), with the image ``owner`` (R,)."""
         best = Best(runs)
         x = runs.images.clone()
         # The share of the way from the best adversarial to the projection: 1, halved where a step did not improve.
@@ -92,16 +118,12 @@ class BoundaryProjection(Attack):
             share[todo] = torch.where(lost, (share[todo] / 2).clamp(min=1 / 64), share[todo])
             base = torch.where(per_image(best.distance[todo].isfinite(), x) > 0, best.images[todo], x[todo])
             x[todo] = goal if self.norm == L0 else base + per_image(share[todo], x) * (goal - base)
-            todo = todo[self._going(problem, best, owner, stale, step)[todo]]
+            todo = todo[self._going(best, owner, stale, step)[todo]]
             if not len(todo):
                 break
         if len(todo):
             best.update(todo, x[todo], runs.rows(todo).met(x[todo]))
-        if runs is not cold:
-            said, best = best.proposals(), Best(cold)
-            held = confirmed(cold, said)
-            best.update(torch.arange(len(cold), device=x.device), held.images, held.found)
-        return _nearest_run(problem, best, owner)
+        return best
 
     def _runs(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """The image (R,) and the rival class (R,) of every run; with a target the rival is found anew at each step."""
@@ -139,18 +161,15 @@ class BoundaryProjection(Attack):
             problem.goal.met(logits.detach()),
         )
 
-    def _going(self, problem: Problem, best: Best, owner: Tensor, stale: Tensor, step: int) -> Tensor:
+    def _going(self, best: Best, owner: Tensor, stale: Tensor, step: int) -> Tensor:
         """Which runs (R,) go on."""
-        nearest = torch.full((len(problem),), torch.inf, dtype=torch.float64, device=owner.device)
-        nearest = nearest.scatter_reduce(0, owner, best.distance, "amin")[owner]
+        nearest = torch.full_like(best.distance, torch.inf).scatter_reduce(0, owner, best.distance, "amin")[owner]
         lagging = (best.distance > self.behind * nearest) & (step >= self.head_start)
         return ~lagging & ((stale < self.patience) | best.distance.isinf())
 
 
-def _nearest_run(problem: Problem, best: Best, owner: Tensor) -> Proposals:
-    """The nearest adversarial of each image over its runs."""
-    overall = Best(problem)
-    for run in range(int(owner.bincount().max())):
-        start = torch.searchsorted(owner, torch.arange(len(problem), device=owner.device)) + run
-        overall.update(owner[start], best.images[start], best.distance[start].isfinite())
-    return overall.proposals()
+def _nearest_runs(best: Best, count: int) -> Tensor:
+    """The run of each image (B,) that came nearest; all images have as many, one after the other."""
+    distance = best.distance.view(count, -1)  # (B*T,) -> (B,T)
+    first = torch.arange(count, device=distance.device) * distance.shape[1]
+    return first + distance.argmin(1)

@@ -17,11 +17,16 @@ def by_following(problem: Problem, search: Callable[[Problem], Proposals]) -> Pr
     In L0, where one cannot go a little farther, what just fails to hold gets more pixels. Images of which nothing is
     left are searched cold.
     """
-    said = search(followed(problem))
+    return or_else(problem, what_holds(problem, search(followed(problem))), search)
+
+
+def what_holds(problem: Problem, said: Proposals) -> Proposals:
+    """What the problem, asked cold, says of images that are ``said`` to be adversarial: those that are not, a little
+    farther away or, in L0, with more pixels."""
     held = confirmed(problem, said)
     if problem.norm == L0:
         held = or_else(problem, held, lambda _: _with_more_pixels(problem, said, held))
-    return or_else(problem, held, search)
+    return held
 
 
 def _with_more_pixels(problem: Problem, said: Proposals, held: Proposals) -> Proposals:

@@ -12,6 +12,7 @@ from torch import Tensor
 from absynth.attacks.base import Problem, Proposals
 from absynth.attacks.queries import rows_of
 from absynth.attacks.wrapping import Wrapping
+from absynth.candidates import chunk_size
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class EstimatedGradient:
     Each coordinate is moved by the smallest of ``step_sizes`` both ways; at the edges of [0,1] the step is cut short
     and the difference divided by the way really gone (one-sided in the limit). A coordinate that changes no logit is
     tried with the next larger step, since a threshold in the model hides small ones. One gradient costs 2 predictions
-    per coordinate and step size, asked in chunks of ``chunk`` images, and serves every class. Source: Schott et al.
-    2019, section 4.
+    per coordinate and step size, asked in chunks of ``chunk`` images (larger ones on a GPU), and serves every class.
+    Source: Schott et al. 2019, section 4.
     """
 
     classifier: Callable[[Tensor], Tensor]
@@ -47,10 +48,11 @@ class EstimatedGradient:
         row = torch.arange(count, device=flat.device).repeat_interleave(size)  # (B*N,)
         column = torch.arange(size, device=flat.device).repeat(count)  # (B*N,)
         slopes: Tensor | None = None
+        together = max(1, chunk_size(self.chunk, images) // 2)  # coordinates asked about at once
         for step in sorted(self.step_sizes):
             undecided = []
-            for part in range(0, len(row), max(1, self.chunk // 2)):
-                rows, columns = row[part : part + self.chunk // 2], column[part : part + self.chunk // 2]
+            for part in range(0, len(row), together):
+                rows, columns = row[part : part + together], column[part : part + together]
                 here = flat[rows, columns]
                 above, below = (here + step).clamp(max=1), (here - step).clamp(min=0)
                 moved = flat[rows].repeat(2, 1)  # (2n,N): first all upper, then all lower neighbors

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from absynth.attacks.base import Attack, Classifier
 from absynth.errors import InputError
+from absynth.evaluation.judge import device_of
 from absynth.responses import ramp_of
 
 
@@ -187,7 +188,7 @@ def choose_attacks(suite: str | Iterable[Attack], norms: Sequence[str], model: C
     if any(attack.knowledge == "transfer" for attack in chosen):
         from absynth import zoo
 
-        substitute = zoo.load("transfer-cnn").eval()
+        substitute = zoo.load("transfer-cnn").eval().to(device_of(model))
         names = {attack.name for attack in chosen}
         found = lookup(suite, substitute=substitute, threshold=threshold, ramp=ramp)
         chosen = [attack for attack in found if attack.name in names]

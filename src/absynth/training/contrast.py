@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -77,18 +77,17 @@ class Pairs:
 
     images: Tensor  # (P,) indices into the training set
     own: Tensor  # (P,) bool
-    starts: Tensor  # (P,): the candidates they start from
     latents: Tensor  # (P,D)
     energies: Tensor  # (P,) of this class
     others: Tensor  # (P,) of the class to be compared with: the true class for a rival, the best rival for its own
 
     @classmethod
-    def begun(cls, wanted: Tensor, own: Tensor, chosen: Tensor, size: int) -> Pairs:
-        """Those that a class looks at, ``wanted`` (N,) of all images; ``own`` (N,) are its own, ``chosen`` (N,) the
-        candidates they start from. Latents, of ``size`` numbers, and energies are yet to be found."""
+    def begun(cls, wanted: Tensor, own: Tensor, size: int) -> Pairs:
+        """Those that a class looks at, ``wanted`` (N,) of all images; ``own`` (N,) are its own. Latents, of ``size``
+        numbers, and energies are yet to be found."""
         rows = wanted.nonzero()[:, 0]
         nothing = torch.full((len(rows),), torch.nan, device=rows.device)
-        return cls(rows, own[rows], chosen[rows], nothing[:, None].repeat(1, size), nothing.clone(), nothing)
+        return cls(rows, own[rows], nothing[:, None].repeat(1, size), nothing.clone(), nothing)
 
     def gaps(self) -> Tensor:
         """The rival's energy minus the true class's (P,)."""
@@ -140,25 +139,59 @@ class Starts:
         return cls(Candidates(folded, latents, beta), jacobians, inverses, beta)
 
     def step(self, blocks: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the ``chosen`` candidates (B,) of images (B,N): their energies (B,), the Newton step (B,D), and the
-        energy (B,) that it promises."""
+        """From the ``chosen`` candidates (B,) of images (B,N), or from the one (1,) of all: their energies (B,), the
+        Newton step (B,D), and the energy (B,) that it promises."""
         residual, latents = blocks - self.candidates.points[chosen], self.candidates.latents[chosen]
         energies = residual.square().sum(1) + self.beta / 2 * latents.square().sum(1)
-        descent = matrix_vector(self.jacobians[chosen], residual) - self.beta / 2 * latents  # minus half the gradient
-        newton = matrix_vector(self.inverses[chosen], descent)
+        jacobians, inverses = self.jacobians[chosen], self.inverses[chosen]
+        if len(chosen) == 1:
+            descent = residual @ jacobians[0].T - self.beta / 2 * latents  # minus half the gradient
+            newton = descent @ inverses[0].T
+        else:
+            descent = matrix_vector(jacobians, residual) - self.beta / 2 * latents
+            newton = matrix_vector(inverses, descent)
         return energies, newton, energies - (newton * descent).sum(1)
 
 
+@dataclass(frozen=True)
+class Scan:
+    """What a class's candidates tell about images: the best one of each, and the Newton step from there."""
+
+    chosen: Tensor  # (N,) candidates
+    energies: Tensor  # (N,) there
+    newton: Tensor  # (N,D)
+    promised: Tensor  # (N,): the energies that the step promises
+
+    def rows(self, index: Tensor) -> Scan:
+        """Those of the images ``index``."""
+        return Scan(self.chosen[index], self.energies[index], self.newton[index], self.promised[index])
+
+
 @torch.no_grad()
-def promised(starts: Starts, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Images (N,C,S,S) -> the energies (N,) that a Newton step from the best candidate promises, and its index (N,)."""
-    energies, found = [], []
-    for part in images.split(chunk_size(256, images)):
-        blocks = to_blocks(part)
-        chosen = starts.candidates.best(blocks, None)
-        energies.append(starts.step(blocks, chosen)[2])
-        found.append(chosen)
-    return torch.cat(energies), torch.cat(found)
+def scan(starts: Starts, images: Tensor) -> Scan:
+    """Compare images (N,C,S,S) with the candidates of a class."""
+    points, offsets = starts.candidates.points, starts.candidates.offsets
+    parts = images.split(chunk_size(256, images))
+    chosen = torch.cat([torch.addmm(offsets, to_blocks(part), points.T, alpha=-1).argmin(1) for part in parts])
+    energies, promised = images.new_empty(len(images)), images.new_empty(len(images))
+    newton = images.new_empty(len(images), starts.candidates.latents.shape[1])
+    for rows, candidates in _alike(chosen):
+        blocks = to_blocks(images[rows])
+        energies[rows], newton[rows], promised[rows] = starts.step(blocks, candidates)
+    return Scan(chosen, energies, newton, promised)
+
+
+def _alike(chosen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Which images (n,) to treat at once, and their candidates: on a CPU those with the same one (1,), whose Jacobian
+    is then read once; on a GPU as many as fit (n,)."""
+    if chosen.is_cuda:
+        for rows in torch.arange(len(chosen), device=chosen.device).split(chunk_size(1, chosen)):
+            yield rows, chosen[rows]
+        return
+    order = chosen.argsort(stable=True)
+    candidates, counts = torch.unique_consecutive(chosen[order], return_counts=True)
+    for rows, candidate in zip(order.split(counts.tolist()), candidates, strict=True):
+        yield rows, candidate[None]
 
 
 def choose_rivals(energies: Tensor, labels: Tensor, config: ContrastConfig) -> Tensor:
@@ -174,24 +207,35 @@ def choose_rivals(energies: Tensor, labels: Tensor, config: ContrastConfig) -> T
 
 
 @torch.no_grad()
-def settle(folded: FoldedDecoder, starts: Starts, pairs: Pairs, images: Tensor, config: ContrastConfig) -> None:
-    """Newton steps of the latents, in place. One that raises the energy is taken back, and the next one is shorter."""
+def settle(
+    folded: FoldedDecoder,
+    latents: Tensor,
+    inverses: Tensor,
+    found: Scan,
+    pairs: Pairs,
+    images: Tensor,
+    config: ContrastConfig,
+    beta: float,
+) -> None:
+    """Newton steps of the latents of ``pairs``, in place, from candidates ``latents`` (M,D) with their ``inverses``
+    (M,D,D); ``found`` is the scan of their images. A step that raises the energy is taken back, and the next one is
+    shorter."""
     device = images.device
     for rows in torch.arange(len(pairs.images), device=device).split(chunk_size(64, images)):
-        targets, chosen = to_blocks(images[pairs.images[rows]]), pairs.starts[rows]
-        best, rate = starts.candidates.latents[chosen], torch.ones(len(rows), device=device)
-        lowest, newton, _ = starts.step(targets, chosen)
+        targets, chosen = to_blocks(images[pairs.images[rows]]), found.chosen[rows]
+        best, rate = latents[chosen], torch.ones(len(rows), device=device)
+        lowest, newton = found.energies[rows], found.newton[rows]
         for step in range(config.settling):
             trial = best + rate[:, None] * newton
             activations = folded.activations(trial)
             residual = targets - activations.images
-            energies = residual.square().sum(1) + starts.beta / 2 * trial.square().sum(1)
+            energies = residual.square().sum(1) + beta / 2 * trial.square().sum(1)
             better = energies < lowest
             best = torch.where(better[:, None], trial, best)
             lowest = torch.where(better, energies, lowest)
             if step + 1 < config.settling:
-                descent = folded.pullback(activations, residual) - starts.beta / 2 * trial
-                newton = torch.where(better[:, None], matrix_vector(starts.inverses[chosen], descent), newton)
+                descent = folded.pullback(activations, residual) - beta / 2 * trial
+                newton = torch.where(better[:, None], matrix_vector(inverses[chosen], descent), newton)
                 rate = torch.where(better, rate, rate * 0.3)
         pairs.latents[rows], pairs.energies[rows] = best, lowest
 
@@ -220,7 +264,7 @@ def train_round(
 ) -> None:
     """One pass of one class over its own images and its hard rivals, in place."""
     decoder.eval().requires_grad_(True)
-    optimizer = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(decoder.parameters(), betas=(0.9, 0.99), fused=True)
     generator = torch.Generator().manual_seed((config.seed * 1000 + number) * 1000 + round_number)
     visited = pairs.own | (pairs.gaps() < config.hard)
     shuffled = torch.randperm(len(visited), generator=generator)
@@ -305,12 +349,14 @@ def sharpen(
         for round_number in range(first, config.rounds):
             starts = [one.numpy() for one in candidates]
             scanned = each_class(_scan, round_number, 0, weights, starts)
-            energies = torch.stack([torch.from_numpy(found[0]) for found in scanned], dim=1)  # (N,K)
-            wanted = choose_rivals(energies, labels, config).T.numpy()
-            own = torch.nn.functional.one_hot(labels, classes).T.numpy().astype(bool)
-            chosen = [found[1] for found in scanned]
-            settled = each_class(_settle, round_number, 1, weights, starts, list(wanted), list(own), chosen)
-            pairs = [_pairs(found) for found in settled]
+            scans = [Scan(**_tensors(found)) for found, _ in scanned]
+            wanted = choose_rivals(torch.stack([one.promised for one in scans], dim=1), labels, config)  # (N,K)
+            pairs = [Pairs.begun(wanted[:, c], labels == c, candidates.shape[2]) for c in range(classes)]
+            found = [_arrays(vars(one.rows(pair.images))) for one, pair in zip(scans, pairs, strict=True)]
+            begun = [_arrays(vars(one)) for one in pairs]
+            inverses = [one for _, one in scanned]
+            settled = each_class(_settle, round_number, 1, weights, starts, inverses, found, begun)
+            pairs = [Pairs(**_tensors(one)) for one in settled]
             exchange(pairs, len(images))
             weights = each_class(_train, round_number, 2, weights, [_arrays(vars(one)) for one in pairs])
             latents = [(one.latents[one.own], one.latents[~one.own]) for one in pairs]
@@ -345,30 +391,33 @@ def _round_images(round_number: int) -> Tensor:
 # The three stages of a round for one class, in a worker; tensors travel as NumPy arrays.
 
 
-def _scan(round_number: int, number: int, weights: dict[str, Any], latents: Any) -> tuple[Any, Any]:
-    energies, chosen = promised(_starts(weights, latents)[1], _round_images(round_number))
-    return energies.numpy(), chosen.numpy()
+def _scan(round_number: int, number: int, weights: dict[str, Any], latents: Any) -> tuple[dict[str, Any], Any]:
+    folded = FoldedDecoder(_decoder(weights, _worker["sizes"]))
+    starts = Starts.of(folded, torch.from_numpy(latents), _worker["beta"])
+    return _arrays(vars(scan(starts, _round_images(round_number)))), starts.inverses.numpy()
 
 
 def _settle(
-    round_number: int, number: int, weights: dict[str, Any], latents: Any, wanted: Any, own: Any, chosen: Any
+    round_number: int,
+    number: int,
+    weights: dict[str, Any],
+    latents: Any,
+    inverses: Any,
+    found: dict[str, Any],
+    begun: dict[str, Any],
 ) -> dict[str, Any]:
-    folded, starts = _starts(weights, latents)
-    size = starts.candidates.latents.shape[1]
-    pairs = Pairs.begun(torch.from_numpy(wanted), torch.from_numpy(own), torch.from_numpy(chosen), size)
-    settle(folded, starts, pairs, _round_images(round_number), _worker["config"])
+    folded, pairs = FoldedDecoder(_decoder(weights, _worker["sizes"])), Pairs(**_tensors(begun))
+    settle(
+        folded, torch.from_numpy(latents), torch.from_numpy(inverses), Scan(**_tensors(found)), pairs,
+        _round_images(round_number), _worker["config"], _worker["beta"],
+    )  # fmt: skip
     return _arrays(vars(pairs))
-
-
-def _starts(weights: dict[str, Any], latents: Any) -> tuple[FoldedDecoder, Starts]:
-    folded = FoldedDecoder(_decoder(weights, _worker["sizes"]))
-    return folded, Starts.of(folded, torch.from_numpy(latents), _worker["beta"])
 
 
 def _train(round_number: int, number: int, weights: dict[str, Any], pairs: dict[str, Any]) -> dict[str, Any]:
     decoder = _decoder(weights, _worker["sizes"])
     images = _round_images(round_number)
-    train_round(decoder, _pairs(pairs), images, _worker["config"], round_number, number, _worker["beta"])
+    train_round(decoder, Pairs(**_tensors(pairs)), images, _worker["config"], round_number, number, _worker["beta"])
     return _arrays(decoder.state_dict())
 
 
@@ -379,8 +428,8 @@ def _decoder(weights: Mapping[str, Any], sizes: VAEConfig) -> Decoder:
     return decoder.eval()
 
 
-def _pairs(arrays: Mapping[str, Any]) -> Pairs:
-    return Pairs(**{name: torch.as_tensor(np.array(value)) for name, value in arrays.items()})
+def _tensors(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
+    return {name: torch.as_tensor(np.array(value)) for name, value in arrays.items()}
 
 
 def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from absynth.decoding import FoldedDecoder
-from absynth.training.contrast import ContrastConfig, Pairs, Starts, promised, settle
+from absynth.training.contrast import ContrastConfig, Pairs, Starts, scan, settle
 from absynth.training.processes import children_ignore_interrupts, end_with_parent
 from absynth.vae import Decoder, VAEConfig
 
@@ -77,8 +77,9 @@ def _explain(weights: dict[str, Any], candidates: Any, pixels: Any, sizes: VAECo
     decoder.eval().requires_grad_(False)
     images, folded = torch.from_numpy(pixels), FoldedDecoder(decoder)
     starts = Starts.of(folded, torch.from_numpy(candidates), beta)
-    energies, chosen = promised(starts, images)
-    everything, own = torch.arange(len(images)), torch.ones(len(images), dtype=torch.bool)
-    pairs = Pairs(everything, own, chosen, starts.candidates.latents[chosen], energies, energies)
-    settle(folded, starts, pairs, images, SETTLING)
+    everything = torch.ones(len(images), dtype=torch.bool)
+    pairs = Pairs.begun(everything, everything, candidates.shape[1])
+    settle(
+        folded, starts.candidates.latents, starts.inverses, scan(starts, images), pairs, images, SETTLING, beta
+    )  # fmt: skip
     return pairs.latents.numpy()

@@ -154,7 +154,7 @@ class _State:
 
     def _begin(self, module: nn.Module) -> None:
         self.module = module
-        self.optimizer = torch.optim.Adam(module.parameters(), betas=(0.9, 0.99))
+        self.optimizer = torch.optim.Adam(module.parameters(), betas=(0.9, 0.99), fused=not self.latents.is_cuda)
         self.vae.train()
 
     def vae_step(self, batch: Tensor, generator: torch.Generator) -> float:
@@ -214,7 +214,8 @@ class _State:
         for name, parameter in self.module.named_parameters():
             prefix = f"optimizer.{name}."
             self.optimizer.state[parameter] = {
-                key[len(prefix) :]: value.to(parameter.device if value.ndim else "cpu")
+                # as the parameter lies in memory, which a fused step takes for granted; its step count is on the CPU
+                key[len(prefix) :]: torch.empty_like(parameter).copy_(value) if value.ndim else value
                 for key, value in tensors.items()
                 if key.startswith(prefix)
             }

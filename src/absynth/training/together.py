@@ -29,8 +29,8 @@ from absynth.training.contrast import (
     exchange,
     gaps_between,
     moved,
-    promised,
     rate_at,
+    scan,
     settle,
 )
 from absynth.training.stacked import StackedDecoders, restore_stacked, stacked_tensors
@@ -94,13 +94,13 @@ def explained(
     folded = [FoldedDecoder(decoder).to(images.device) for decoder in stacked.decoders()]
     with whole_precision(images):
         known = [Starts.of(decoder, some, beta) for decoder, some in zip(folded, starts, strict=True)]
-        scanned = [promised(one, images) for one in known]
-        energies = torch.stack([found for found, _ in scanned], dim=1)  # (N,K)
-        wanted, own = choose_rivals(energies, labels, config), F.one_hot(labels, len(folded)).bool()
+        scans = [scan(one, images) for one in known]
+        wanted = choose_rivals(torch.stack([one.promised for one in scans], dim=1), labels, config)  # (N,K)
         pairs = []
         for number, (decoder, one) in enumerate(zip(folded, known, strict=True)):
-            pairs.append(Pairs.begun(wanted[:, number], own[:, number], scanned[number][1], starts.shape[2]))
-            settle(decoder, one, pairs[-1], images, config)
+            pairs.append(Pairs.begun(wanted[:, number], labels == number, starts.shape[2]))
+            found = scans[number].rows(pairs[-1].images)
+            settle(decoder, one.candidates.latents, one.inverses, found, pairs[-1], images, config, beta)
     exchange(pairs, len(images))
     return pairs
 
