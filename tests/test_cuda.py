@@ -73,10 +73,9 @@ def test_certificates_are_those_of_the_cpu(mnist_test: tuple[torch.Tensor, torch
 
 def test_an_evaluation_runs_there(tmp_path: Path, mnist_test: tuple[torch.Tensor, torch.Tensor]) -> None:
     model = absynth.load("abs", device="cuda")
-    summary = evaluate(
-        model, (mnist_test[0][:3], mnist_test[1][:3]), suite="fgm,boundary-projection-l2", norms=["l2"], images=3,
-        out=tmp_path, name="abs",
-    )  # fmt: skip
+    suite = "fgm,boundary-projection-l2,transfer-l2"
+    pictures = mnist_test[0][:3], mnist_test[1][:3]
+    summary = evaluate(model, pictures, suite=suite, norms=["l2"], images=3, out=tmp_path, name="abs")
     assert summary.to_json()["models"]["abs"]["l2"]["images"] == 3
     assert verify(tmp_path, models={"abs": absynth.load("abs")}).holds
 

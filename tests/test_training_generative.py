@@ -173,6 +173,25 @@ def test_the_search_of_a_round_comes_close_to_the_analysis(digits: tuple[Tensor,
     assert torch.allclose(again, pairs.energies, atol=1e-3)
 
 
+def test_a_scan_goes_candidate_by_candidate_and_says_the_same(digits: tuple[Tensor, Tensor]) -> None:
+    images = digits[0][:30]
+    trained = train_class(images, 0, SMALL)
+    latents = choose_candidates(trained.latents, 7, 0)
+    known = Starts.of(FoldedDecoder(trained.vae.decoder), latents, 1.0)
+    found = scan(known, images)
+    assert len(found.chosen.unique()) > 1  # or there would be one group only
+    blocks = to_blocks(images)
+    assert torch.equal(
+        found.chosen,
+        (torch.cdist(blocks, known.candidates.points).square() / 2 + latents.square().sum(1) / 4).argmin(1),
+    )
+    energies, newton, promised = known.step(blocks, found.chosen)
+    assert torch.allclose(found.energies, energies, rtol=1e-5)
+    assert torch.allclose(found.newton, newton, atol=1e-4) and torch.allclose(found.promised, promised, rtol=1e-4)
+    some = found.rows(torch.tensor([3, 5]))
+    assert torch.equal(some.newton, found.newton[[3, 5]]) and torch.equal(some.promised, found.promised[[3, 5]])
+
+
 def test_rivals_are_those_that_come_close() -> None:
     energies = torch.tensor([[1.0, 2.0, 3.0, 4.0], [9.0, 500.0, 8.0, 1.0]])
     chosen = choose_rivals(energies, torch.tensor([1, 3]), ContrastConfig(rivals=2))
