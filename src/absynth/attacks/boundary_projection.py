@@ -3,20 +3,23 @@ repeat."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from absynth.attacks.base import Attack, Problem, Proposals, per_image
 from absynth.attacks.confirming import what_holds
-from absynth.attacks.following import followed, or_else
+from absynth.attacks.following import or_else
 from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.projection import onto_halfspace
-from absynth.attacks.queries import can_follow
-from absynth.attacks.search import Best, toward_clean
+from absynth.attacks.queries import Following, can_follow
+from absynth.attacks.search import Best, clean_to, first_on_path, toward_clean
 from absynth.norms import L0, Norm
+
+#: Shares of the way to an adversarial that was followed to, at which the classifier is asked cold.
+EARLIER = (0.75, 0.92)
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ class BoundaryProjection(Attack):
     def _followed(self, problem: Problem) -> Proposals:
         """The same on a classifier that starts from its last answers; what it says of the nearest runs is asked again,
         cold."""
-        owner, rivals = self._runs(problem)
-        runs = followed(problem.rows(owner))
+        following = Following(problem.classifier, len(problem))
+        owner, rivals = self._runs(replace(problem, classifier=following))
+        runs = replace(problem.rows(owner), classifier=following.several(owner))
         said, held = self._approach(runs, rivals, owner), Best(problem)
         for _ in range(self.targets):
             # First the nearest run of each image, then one that is nearer than what held, which is rare.
@@ -82,8 +86,12 @@ class BoundaryProjection(Attack):
                 break
             run = run[todo]
             finished = self._finished(runs.rows(run), Proposals(said.images[run], torch.ones_like(todo).bool()))
-            found = what_holds(problem.rows(todo), finished)
+            part = problem.rows(todo)
+            found = what_holds(part, finished)
             held.update(todo, found.images, found.found)
+            if self.norm != L0:
+                nearer = _nearer(part, found)
+                held.update(todo, nearer.images, nearer.found)
             said.distance[run] = torch.inf
         return held.proposals()
 
@@ -166,6 +174,17 @@ class BoundaryProjection(Attack):
         nearest = torch.full_like(best.distance, torch.inf).scatter_reduce(0, owner, best.distance, "amin")[owner]
         lagging = (best.distance > self.behind * nearest) & (step >= self.head_start)
         return ~lagging & ((stale < self.patience) | best.distance.isinf())
+
+
+def _nearer(problem: Problem, found: Proposals) -> Proposals:
+    """Adversarials on the way to what was ``found`` by following: a cold search can fail where one that follows does
+    not."""
+    path = clean_to(problem, found.images)
+    position = first_on_path(problem, path, EARLIER, bisections=6, limit=torch.where(found.found, 1.0, 0.0).double())
+    hit = position.isfinite().nonzero()[:, 0]
+    images = problem.images.clone()
+    images[hit] = path(hit, position[hit])
+    return Proposals(images, position.isfinite())
 
 
 def _nearest_runs(best: Best, count: int) -> Tensor:

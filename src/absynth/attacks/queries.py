@@ -137,6 +137,15 @@ class Following:
         view.remembers = self.remembers and len(view.rows.unique()) == len(view.rows)
         return view
 
+    def several(self, owner: Tensor) -> Following:
+        """One for the images ``owner`` (R,) of this view, which may name an image several times: each of them goes on
+        alone from what was found for the image so far."""
+        runs = Following(rows_of(self.classifier, owner), len(owner))
+        if "found" in self.memory:
+            rows = self.rows.to(owner.device)[owner]
+            runs.memory |= {"found": self.memory["found"].rows(rows), "seen": self.memory["seen"][rows]}
+        return runs
+
     def __call__(self, images: Tensor) -> Tensor:
         """(n,C,H,W) -> logits (n,K)."""
         seen = self._seen(images)
