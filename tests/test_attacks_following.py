@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from absynth.analysis import Found
-from absynth.attacks import queries
-from absynth.attacks.base import Attack, Goal
+from absynth.attacks import boundary_projection, queries
+from absynth.attacks.base import Attack, Goal, Problem, Proposals
 from absynth.attacks.binary import Thresholded
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.brendel_bethge import BrendelBethge
@@ -23,6 +23,7 @@ from absynth.attacks.queries import CountingClassifier, Following
 from absynth.attacks.search import SmallestRadius
 from absynth.attacks.sparse import SigmaZero
 from absynth.norms import L2
+from absynth.responses import Threshold
 from attack_models import SIDE, images_near, prototypes
 
 MODEL = prototypes()
@@ -89,6 +90,64 @@ def test_each_image_is_followed_from_its_own_last_answer() -> None:
     expected = [None, [0.5, 0.2, 0.3], [0.35, 0.55], [0.1, 0.25, 0.3, 0.4, 0.5]]
     for before, values in zip(model.before, expected, strict=True):
         assert before is None if values is None else torch.allclose(before, torch.tensor(values))
+
+
+def test_several_runs_of_an_image_go_on_from_what_was_found_for_it() -> None:
+    model = Remembering(MODEL, 0.0)
+    following = Following(CountingClassifier(model, 2), 2)
+    images = torch.tensor([0.1, 0.2]).view(2, 1, 1, 1).expand(2, 1, SIDE, SIDE)
+    owner = torch.tensor([0, 0, 1])
+    following.several(owner)(images[owner])  # nothing is known yet
+    following(images)
+    runs, moved = following.several(owner), images[owner].clone()
+    moved[1] += 0.05
+    runs(moved)
+    runs(images[owner])
+    for before, values in zip(model.before, (None, None, [0.1, 0.1, 0.2], [0.1, 0.15, 0.2]), strict=True):
+        assert before is None if values is None else torch.allclose(before, torch.tensor(values))
+
+
+class FailsCold(Remembering):
+    """A model that is right where it follows and, asked cold, gives a class's images up too early."""
+
+    def __init__(self, model: Callable[[Tensor], Tensor], error: float, label: int) -> None:
+        super().__init__(model, 0.0)
+        self.early, self.label = error, label
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits = super().__call__(images)
+        return logits - self.early * torch.nn.functional.one_hot(torch.tensor(self.label), logits.shape[1])
+
+
+def test_what_only_a_cold_search_calls_adversarial_is_found_on_the_way() -> None:
+    images, labels = images_near(MODEL, 12)
+    images, labels = (one[labels == labels[0]] for one in (images, labels))
+    goal, seeds = Goal.untargeted(labels), torch.arange(len(labels))
+    early = 0.3 * float(goal.margin(MODEL(images)).max())
+    attack, model = BoundaryProjection(L2), FailsCold(MODEL, early, int(labels[0]))
+    cold, followed = attack(model, images, goal, seeds), attack(MODEL, images, goal, seeds)
+    assert cold.found.all() and goal.met(model(cold.images)).all()
+    ratio = L2.distance(cold.images, images) / L2.distance(followed.images, images)
+    assert (ratio < 0.93).all()
+
+
+def test_behind_a_threshold_every_run_is_asked_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = images_near(MODEL, 6)
+    goal, seeds = Goal.untargeted(labels), torch.arange(6)
+    runs: list[int] = []
+    asked_again = boundary_projection.confirmed
+
+    def listen(problem: Problem, said: Proposals) -> Proposals:
+        runs.append(len(problem))
+        return asked_again(problem, said)
+
+    monkeypatch.setattr(boundary_projection, "confirmed", listen)
+    attack, model = BoundaryProjection(L2, targets=2), Remembering(MODEL, 0.0)
+    attack(model, images, goal, seeds)
+    assert not runs
+    model.response = Threshold()  # type: ignore[attr-defined]
+    found = attack(model, images, goal, seeds)
+    assert runs == [12] and found.found.all() and goal.met(MODEL(found.images)).all()
 
 
 def test_an_image_that_jumped_and_one_never_asked_about_are_asked_cold() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from absynth.attacks.base import Attack, Problem, Proposals, per_image
 from absynth.attacks.confirming import what_holds
-from absynth.attacks.following import or_else
+from absynth.attacks.following import confirmed, or_else
 from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.projection import onto_halfspace
@@ -77,6 +77,9 @@ class BoundaryProjection(Attack):
         owner, rivals = self._runs(replace(problem, classifier=following))
         runs = replace(problem.rows(owner), classifier=following.several(owner))
         said, held = self._approach(runs, rivals, owner), Best(problem)
+        if hasattr(getattr(problem.classifier, "response", None), "level"):
+            # Pixels jump across a threshold: answers that follow say little of cold ones near the boundary.
+            return self._finished(problem, _nearest_held(problem, said, owner))
         for _ in range(self.targets):
             # First the nearest run of each image, then one that is nearer than what held, which is rare.
             said.distance[said.distance >= held.distance[owner]] = torch.inf
@@ -174,6 +177,15 @@ class BoundaryProjection(Attack):
         nearest = torch.full_like(best.distance, torch.inf).scatter_reduce(0, owner, best.distance, "amin")[owner]
         lagging = (best.distance > self.behind * nearest) & (step >= self.head_start)
         return ~lagging & ((stale < self.patience) | best.distance.isinf())
+
+
+def _nearest_held(problem: Problem, said: Best, owner: Tensor) -> Proposals:
+    """The nearest run of each image, of what holds when every run, of image ``owner`` (R,), is asked again, cold."""
+    runs = problem.rows(owner)
+    asked, held = confirmed(runs, said.proposals()), Best(runs)
+    held.update(torch.arange(len(owner), device=owner.device), asked.images, asked.found)
+    run = _nearest_runs(held, len(problem))
+    return Proposals(held.images[run], held.distance[run].isfinite())
 
 
 def _nearer(problem: Problem, found: Proposals) -> Proposals:
