@@ -33,9 +33,9 @@ class BoundaryProjection(Attack):
     halves the way. Of the ``candidates`` likeliest rivals, the ``targets`` whose linearized boundaries are nearest have
     a run each; a run that is ``behind`` times as far as the image's best after ``head_start`` steps, or that has not
     improved for ``patience`` steps, is ended. A classifier that searches starts from what it found for a run's last
-    image; what came of it is asked again, cold, and an image of which nothing came is searched cold. Needs no step
-    size. Works for L0 too, where the projection uses up pixels in the order of their gain; images on which it finds
-    nothing get greedy flips.
+    image; about the nearest run it is asked again, cold, at its end and on the way there (behind a threshold: about all
+    runs), and an image of which nothing came is searched cold. Needs no step size. Works for L0 too, where the
+    projection uses up pixels in the order of their gain; images on which it finds nothing get greedy flips.
 
     Source: this project; close to FAB (Croce & Hein 2020, arXiv 1907.02044), which mixes in a projection of the current
     image.
