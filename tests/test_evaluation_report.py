@@ -11,8 +11,10 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import evaluation_models as models
@@ -21,7 +23,7 @@ from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.gradient import DeepFool
 from absynth.errors import InputError
 from absynth.evaluation import Certificate, Ledger, distal, evaluate, load_distal, report, save_distal, summarize
-from absynth.evaluation.figures import curve, to_svg
+from absynth.evaluation.figures import adversarials, curve, to_png, to_svg
 from absynth.evaluation.paper import MODELS, paper_attacks, published, published_clean, published_curve
 from absynth.evaluation.tables import number, percent
 from absynth.norms import L0, L2, LINF
@@ -156,6 +158,18 @@ def test_figures_have_the_color_of_the_page(reported: Path) -> None:
     svg = to_svg(accuracy_curves(summarize(reported).models, "l2"), "curves")
     assert svg.startswith('<svg role="img" aria-label="curves"') and "currentColor" in svg and "#0a0b0c" not in svg
     assert svg == to_svg(accuracy_curves(summarize(reported).models, "l2"), "curves")
+
+
+def test_no_name_is_cut_off_at_the_edge_of_a_figure(tmp_path: Path) -> None:
+    net = models.Linear()
+    names = [f"classifier no. {number:03d}" for number in range(7)]
+    for name in names:
+        evaluate(net, models.labeled(net), suite=[DeepFool(L2)], images=8, out=tmp_path / name, name=name, probe=False)
+    with Ledger(tmp_path / names[0]) as ledger:
+        figure = adversarials(summarize(tmp_path).models, "l2", ledger.images())
+    assert figure is not None
+    shown = np.asarray(Image.open(io.BytesIO(to_png(figure))).convert("L"))
+    assert (shown[:, :2] == 255).all() and (shown[:, -2:] == 255).all() and (shown < 128).any()
 
 
 def test_the_page_names_every_form_of_an_attack(tmp_path: Path) -> None:

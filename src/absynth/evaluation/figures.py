@@ -179,7 +179,8 @@ def to_png(figure: Figure, dpi: int = 160) -> bytes:
     """The figure as a PNG on white."""
     stream = io.BytesIO()
     FigureCanvasAgg(figure)  # draws without any display
-    figure.savefig(stream, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+    # "tight": the layout leaves a picture whose sides are fixed less room for the names than they take
+    figure.savefig(stream, format="png", dpi=dpi, facecolor="white", metadata={"Software": None}, bbox_inches="tight")
     return stream.getvalue()
 
 
