@@ -11,8 +11,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from absynth.candidates import prior_candidates
+from absynth.vae import Decoder
 
 
 class Yardstick(nn.Module):
@@ -21,14 +23,14 @@ class Yardstick(nn.Module):
     Its gradient is that of the energies at the latents found, the exact one at a minimum: attacks can use it.
     """
 
-    def __init__(self, decoders: Iterable[nn.Module], steps: int = 50, candidates: int = 8000) -> None:
+    def __init__(self, decoders: Iterable[Decoder], steps: int = 50, candidates: int = 8000) -> None:
         super().__init__()
         self.decoders = nn.ModuleList(decoders)
         self.steps = steps
         self.latents = prior_candidates(candidates)
         with torch.no_grad():
             self.points = [
-                torch.cat([decoder(chunk).flatten(1) for chunk in self.latents.split(1000)])
+                torch.cat([decoded(decoder, chunk).flatten(1) for chunk in self.latents.split(1000)])
                 for decoder in self.decoders
             ]
 
@@ -54,7 +56,16 @@ class Yardstick(nn.Module):
         return -torch.stack(energies, dim=1) / pixels
 
     @staticmethod
-    def _energy(decoder: nn.Module, latents: Tensor, images: Tensor) -> Tensor:
-        squared_error = (images - decoder(latents)).square().flatten(1).sum(1)
+    def _energy(decoder: Decoder, latents: Tensor, images: Tensor) -> Tensor:
+        squared_error = (images - decoded(decoder, latents)).square().flatten(1).sum(1)
         energy: Tensor = squared_error + latents.square().sum(1) / 2
         return energy
+
+
+def decoded(decoder: Decoder, latents: Tensor) -> Tensor:
+    """Latents (B,D) -> images (B,C,S,S) by the decoder's layers as they are: its own forward pass is tuned."""
+    hidden = F.elu(decoder.bn_0(decoder.conv_0(latents[:, :, None, None])))
+    hidden = F.elu(decoder.bn_1(decoder.conv_1(hidden)))
+    hidden = F.elu(decoder.bn_2(decoder.conv_2(hidden)))
+    images: Tensor = torch.sigmoid(decoder.conv_3(hidden))
+    return images

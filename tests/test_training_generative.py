@@ -25,9 +25,9 @@ from absynth.training.contrast import (
     moved,
     scan,
     settle,
-    sharpen,
 )
 from absynth.training.generative import GenerativeConfig, TrainedClass, train_class, train_classes
+from absynth.training.sharpening import sharpen
 from absynth.vae import VAEConfig
 from small_models import candidate_energies
 

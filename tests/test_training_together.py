@@ -11,8 +11,9 @@ from absynth import data
 from absynth.errors import InputError
 from absynth.training import together
 from absynth.training.candidates import choose_candidates
-from absynth.training.contrast import ContrastConfig, Pairs, sharpen
+from absynth.training.contrast import ContrastConfig, Pairs
 from absynth.training.generative import GenerativeConfig, train_class
+from absynth.training.sharpening import sharpen
 from absynth.training.stacked import StackedDecoders
 from absynth.training.together import explained, sharpen_together
 from absynth.vae import Decoder, VAEConfig

@@ -106,6 +106,12 @@ def ramp_like(classifier: object) -> Ramp | None:
     return ramp_of(classifier)
 
 
+def threshold_of(classifier: object) -> float | None:
+    """Where ``classifier``, or its response, says it thresholds the pixels; None for any other."""
+    found = getattr(classifier, "threshold", getattr(getattr(classifier, "response", None), "level", None))
+    return found if isinstance(found, float) else None
+
+
 def ramp_of(classifier: object) -> Ramp | None:
     """The ramp that ``classifier`` says it puts its pixels through (``classifier.response``); None for any other."""
     response = getattr(classifier, "response", None)

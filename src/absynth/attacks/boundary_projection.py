@@ -17,6 +17,7 @@ from absynth.attacks.projection import onto_halfspace
 from absynth.attacks.queries import Following, can_follow
 from absynth.attacks.search import Best, clean_to, first_on_path, toward_clean
 from absynth.norms import L0, Norm
+from absynth.responses import threshold_of
 
 #: Shares of the way to an adversarial that was followed to, at which the classifier is asked cold.
 EARLIER = (0.75, 0.92)
@@ -77,7 +78,7 @@ class BoundaryProjection(Attack):
         owner, rivals = self._runs(replace(problem, classifier=following))
         runs = replace(problem.rows(owner), classifier=following.several(owner))
         said, held = self._approach(runs, rivals, owner), Best(problem)
-        if hasattr(getattr(problem.classifier, "response", None), "level"):
+        if threshold_of(problem.classifier) is not None:
             # Pixels jump across a threshold: answers that follow say little of cold ones near the boundary.
             return self._finished(problem, _nearest_held(problem, said, owner))
         for _ in range(self.targets):

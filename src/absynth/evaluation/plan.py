@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from absynth.attacks.base import Attack, Classifier
 from absynth.errors import InputError
 from absynth.evaluation.judge import device_of
-from absynth.responses import ramp_of
+from absynth.responses import ramp_of, threshold_of
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def choose_attacks(suite: str | Iterable[Attack], norms: Sequence[str], model: C
         return ()
     from absynth.attacks.catalog import lookup
 
-    threshold = _threshold(model)
+    threshold = threshold_of(model)
     ramp = ramp_of(model) is not None
     found = lookup(suite, threshold=threshold, ramp=ramp)
     chosen = [attack for attack in found if attack.norm in wanted]
@@ -197,12 +197,6 @@ def choose_attacks(suite: str | Iterable[Attack], norms: Sequence[str], model: C
             f"suite {suite!r} has no attack in {', '.join(norms)} for this model: `absynth attacks` lists all"
         )
     return tuple(chosen)
-
-
-def _threshold(model: Classifier) -> float | None:
-    """Where ``model``, or its response, thresholds the pixels; None when it says nothing of the kind."""
-    found = getattr(model, "threshold", getattr(getattr(model, "response", None), "level", None))
-    return found if isinstance(found, float) else None
 
 
 def _is_setting(key: str, value: Any) -> bool:

@@ -28,10 +28,11 @@ from absynth.training.calibration import calibrate, class_scales, refusal_thresh
 from absynth.training.candidates import CANDIDATES, EXPLAINED, choose_all_candidates, choose_candidates, widen
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
-from absynth.training.contrast import STAGES, ContrastConfig, sharpen
+from absynth.training.contrast import STAGES, ContrastConfig
 from absynth.training.explanations import explanations
 from absynth.training.generative import GenerativeConfig, train_classes
 from absynth.training.prototypes import PrototypeConfig, train_prototypes, with_more_latents
+from absynth.training.sharpening import sharpen
 from absynth.vae import Decoder, VAEConfig
 
 # Cycles of the contrast, each from fresh candidates.

@@ -22,8 +22,9 @@ from absynth.responses import Ramp
 from absynth.training import recipes
 from absynth.training.candidates import choose_all_candidates
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
-from absynth.training.contrast import ContrastConfig, sharpen
+from absynth.training.contrast import ContrastConfig
 from absynth.training.prototypes import PrototypeConfig, train_prototypes
+from absynth.training.sharpening import sharpen
 from absynth.vae import Decoder, VAEConfig
 
 Trained = tuple[dict[str, Tensor], dict[str, Any]]  # tensors and header of a weight file

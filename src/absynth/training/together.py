@@ -52,7 +52,7 @@ def sharpen_together(
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> tuple[list[Decoder], list[Tensor], list[Tensor]]:
-    """As ``absynth.training.contrast.sharpen``, on the device of the images (N,C,S,S)."""
+    """As ``absynth.training.sharpening.sharpen``, on the device of the images (N,C,S,S)."""
     classes, device = len(decoders), images.device
     identity = {
         "model": "contrast, together", "config": asdict(config), "response": repr(response),
