@@ -21,6 +21,7 @@ from absynth.attacks.gradient import ProjectedGradient
 from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.hop_skip_jump import HopSkipJump
 from absynth.attacks.latent import LatentDescent
+from absynth.attacks.noise import GaussianNoise, SaltAndPepper
 from absynth.attacks.pointwise import Pointwise, reset_pixels
 from absynth.attacks.queries import CountingClassifier
 from absynth.attacks.search import first_on_path, run_procedures, starting_points
@@ -141,6 +142,20 @@ def test_noise_depends_on_the_seed_of_the_image_alone() -> None:
 
 
 # Pointwise
+
+
+@pytest.mark.parametrize("attack", [GaussianNoise(draws=5), SaltAndPepper(draws=5)], ids=["gaussian", "salt"])
+def test_noise_that_cannot_be_nearer_is_not_asked_about(
+    attack: GaussianNoise | SaltAndPepper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = prototypes()
+    images, labels = images_near(model, 6)
+    goal, seeds = Goal.untargeted(labels), torch.arange(6)
+    short, long = CountingClassifier(model, 6), CountingClassifier(model, 6)
+    found = attack(short, images, goal, seeds)
+    monkeypatch.setattr("absynth.attacks.noise._limit", lambda *_: torch.full((6,), torch.inf))
+    assert torch.equal(found.images, attack(long, images, goal, seeds).images) and found.found.any()
+    assert (short.forward <= long.forward).all() and short.forward.sum() < 0.9 * long.forward.sum()
 
 
 def test_pointwise_ends_where_no_pixel_can_be_reset() -> None:

@@ -164,12 +164,38 @@ def test_an_image_that_jumped_and_one_never_asked_about_are_asked_cold() -> None
     assert torch.equal(logits, unboxed(images))
 
 
-def test_answers_about_one_image_asked_twice_are_not_remembered() -> None:
-    class Around(Remembering):
-        def around(self, images: Tensor, before: Found, owner: Tensor) -> Tensor:
-            self.before.append(before.energies[owner, 0])
-            return self.model(images)
+class Around(Remembering):
+    def around(self, images: Tensor, before: Found, owner: Tensor) -> Tensor:
+        self.before.append(before.energies[owner, 0])
+        return self.model(images)
 
+
+def test_asked_anew_every_image_is_asked_cold_but_those_around_it() -> None:
+    model = Around(MODEL, 0.0)
+    following = Following(CountingClassifier(model, 2), 2, anew=True)
+    images = torch.tensor([0.1, 0.2]).view(2, 1, 1, 1).expand(2, 1, SIDE, SIDE)
+    following(images)
+    following(images + 0.01)
+    assert model.before == [None, None]
+    rows = torch.tensor([0, 1, 0])
+    following.select(rows)(images[rows] + 0.02)
+    assert model.followed == 4 and model.before[2] is not None
+    assert torch.allclose(model.before[2], torch.tensor([0.11, 0.21, 0.11]))
+
+
+def test_estimated_gradients_ask_around_an_image_even_where_it_is_searched_cold() -> None:
+    images, labels = images_near(MODEL, 3)
+    goal, seeds = Goal.untargeted(labels), torch.arange(3)
+    attack = Estimated(FastGradient(L2))
+    # What is followed is misled, so that every image is searched a second time, cold.
+    misled = Around(MODEL, 1e6, always=False)
+    said, cold = (attack(model, images, goal, seeds) for model in (misled, MODEL))
+    assert torch.equal(said.found, cold.found) and cold.found.any()
+    torch.testing.assert_close(said.images, cold.images, atol=1e-5, rtol=0)
+    assert misled.followed + misled.asked < 3 * 2 * SIDE**2  # less than one gradient an image asked about
+
+
+def test_answers_about_one_image_asked_twice_are_not_remembered() -> None:
     model = Around(MODEL, 0.0)
     following = Following(CountingClassifier(model, 3), 3)
     images = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1, 1).expand(3, 1, SIDE, SIDE)

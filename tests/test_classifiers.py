@@ -12,6 +12,7 @@ from absynth.candidates import Candidates, prior_candidates
 from absynth.classifiers import ABS
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.errors import InputError
+from absynth.neighbors import TRUSTED
 from absynth.responses import Ramp, Threshold
 from test_decoding import random_decoder
 
@@ -121,7 +122,37 @@ def test_images_around_one_are_answered_nearly_as_by_a_search(images: Tensor, re
     still = -model.around(images[:4], found, torch.arange(4)) - model.analyze(images[:4], schedule=exact).energies
     assert still.min() > -1e-5 * energies.max()
     alone = torch.cat([model.around(moved[row : row + 1], found, owner[row : row + 1]) for row in range(20)])
-    torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(logits, alone, rtol=1e-5, atol=TRUSTED / 784)
+
+
+@pytest.mark.parametrize("response", [None, Ramp(0.2)])
+def test_a_step_too_small_to_matter_is_not_decoded(
+    images: Tensor, response: torch.nn.Module | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toy_abs(response=response)
+    # not followed to the end: all images of a neighborhood have something to gain in common
+    found = model._find(to_blocks(model.response(images[:4])), False, replace(model.schedule, steps=1))
+    owner, pixel = torch.arange(4).repeat_interleave(100), torch.arange(300, 400).repeat(4)
+    moved = images[owner].flatten(1)
+    moved[torch.arange(400), pixel] = (moved[torch.arange(400), pixel] + 0.02).clamp(max=1)
+    moved = moved.view(-1, 1, 28, 28)
+    decoded: list[int] = []
+    decode = FoldedDecoder.__call__
+
+    def counted(self: FoldedDecoder, latents: Tensor) -> Tensor:
+        decoded.append(len(latents))
+        return decode(self, latents)
+
+    monkeypatch.setattr(FoldedDecoder, "__call__", counted)
+    promised = model.around(moved, found, owner)
+    assert max(decoded) == 1  # the first image of each neighborhood, for each class in the running
+    monkeypatch.setattr("absynth.neighbors.TRUSTED", -1.0)
+    exact = model.around(moved, found, owner)
+    assert sum(decoded) >= 400
+    here = model.around(images[:4], found, torch.arange(4))[owner]
+    winner = here.argmax(1, keepdim=True)
+    changes, expected = ((one - here).gather(1, winner) for one in (promised, exact))
+    assert (changes - expected).norm() < 0.01 * expected.norm()
 
 
 def test_a_batch_larger_than_a_chunk(model: ABS, images: Tensor) -> None:

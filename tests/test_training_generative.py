@@ -23,15 +23,16 @@ from absynth.training.contrast import (
     choose_rivals,
     exchange,
     moved,
+    of_round,
     scan,
     settle,
 )
-from absynth.training.generative import GenerativeConfig, TrainedClass, train_class, train_classes
+from absynth.training.generative import GenerativeConfig, TrainedClass, shared_start, train_class, train_classes
 from absynth.training.sharpening import sharpen
 from absynth.vae import VAEConfig
 from small_models import candidate_energies
 
-TINY = GenerativeConfig(vae_steps=6, decoder_steps=7, vae_batch_size=8, decoder_batch_size=8)
+TINY = GenerativeConfig(shared_steps=5, vae_steps=6, decoder_steps=7, vae_batch_size=8, decoder_batch_size=8)
 SMALL = replace(TINY, vae_steps=50, decoder_steps=80)
 
 
@@ -104,11 +105,68 @@ def test_processes_do_not_change_the_result(digits: tuple[Tensor, Tensor], tmp_p
     torch.set_num_threads(1)  # as the processes do: a sum over threads rounds differently
     try:
         one = train_classes(*digits, TINY, workers=1)
+        two = train_classes(*digits, TINY, workers=2, checkpoints=tmp_path)
     finally:
         torch.set_num_threads(threads)
-    two = train_classes(*digits, TINY, workers=2, checkpoints=tmp_path)
     assert all(same(a, b) for a, b in zip(one, two, strict=True))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["class-0.safetensors", "class-1.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "class-0.safetensors",
+        "class-1.safetensors",
+        "shared.safetensors",
+    ]
+
+
+def test_classes_begin_from_what_they_share(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: int, _total: int, _text: str) -> None:
+        if step == 3:
+            raise Stop
+
+    start = shared_start(digits[0], TINY)
+    with pytest.raises(Stop):
+        shared_start(digits[0], TINY, checkpoint=tmp_path / "shared", progress=stop)
+    assert torch.equal(
+        start.decoder.conv_0.weight, shared_start(digits[0], TINY, checkpoint=tmp_path / "shared").decoder.conv_0.weight
+    )
+    zeros = digits[0][:80]
+    begun = train_class(zeros, 0, replace(TINY, vae_steps=1, decoder_steps=1), start=start)
+    moved = (begun.vae.decoder.conv_1.weight - start.decoder.conv_1.weight).norm()
+    assert moved < 0.1 * start.decoder.conv_1.weight.norm()
+    file = tmp_path / "class-0"
+    train_class(zeros, 0, TINY, start=start, checkpoint=file)
+    with pytest.raises(InputError, match="start"):  # the same class, begun by itself
+        train_class(zeros, 0, TINY, checkpoint=file)
+
+
+def test_early_rounds_look_at_a_part_of_every_class() -> None:
+    labels = torch.tensor([0] * 10 + [1] * 5 + [2])
+    config = ContrastConfig(rounds=4, early_share=0.5)
+    first, second = (of_round(labels, config, number) for number in (0, 1))
+    assert labels[first].bincount().tolist() == [5, 3, 1] and (first.diff() > 0).all()
+    assert not torch.equal(first, second) and torch.equal(first, of_round(labels, config, 0))
+    for number in (2, 3):
+        assert torch.equal(of_round(labels, config, number), torch.arange(16))
+
+
+def test_rivals_that_a_step_leaves_far_behind_are_given_up(digits: tuple[Tensor, Tensor]) -> None:
+    images = digits[0][:80]
+    trained = train_class(images, 0, SMALL)
+    folded, starts = FoldedDecoder(trained.vae.decoder), trained.latents[:20]
+    known = Starts.of(folded, starts, 1.0)
+    found, config = scan(known, images), ContrastConfig(settling=3)
+    own = torch.arange(80) < 40
+
+    def settled(true: float) -> Pairs:
+        pairs = Pairs.begun(torch.ones(80, dtype=torch.bool), own, starts.shape[1], torch.full((80,), true))
+        settle(folded, starts, known.inverses, found, pairs, images, config, 1.0)
+        return pairs
+
+    close, far = settled(1000.0), settled(-1000.0)
+    assert torch.equal(close.energies[own], far.energies[own])
+    assert (far.energies[~own] >= close.energies[~own]).all() and (far.energies > close.energies).any()
+    assert (far.energies <= found.energies).all()  # their first step counts
 
 
 def test_contrast_widens_the_gap_and_resumes(

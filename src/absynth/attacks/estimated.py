@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from absynth.attacks.base import Problem, Proposals
-from absynth.attacks.queries import rows_of
+from absynth.attacks.queries import Following, can_follow, rows_of
 from absynth.attacks.wrapping import Wrapping
 from absynth.candidates import chunk_size
 
@@ -102,5 +102,8 @@ class Estimated(Wrapping):
     queries = "as the inner attack, with 1,569 predictions or more for a gradient of 784 pixels"
 
     def search(self, problem: Problem) -> Proposals:
-        estimated = EstimatedGradient(problem.classifier, self.step_sizes, self.chunk)
+        classifier = problem.classifier
+        if can_follow(classifier):  # asked cold at every step; the questions for its gradient start from that answer
+            classifier = Following(classifier, len(problem), anew=True)
+        estimated = EstimatedGradient(classifier, self.step_sizes, self.chunk)
         return self.attack.search(Problem(estimated, problem.images, problem.goal, problem.seeds, problem.norm))

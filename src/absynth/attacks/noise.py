@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -90,7 +91,19 @@ def salt_and_pepper(problem: Problem, stream: int | Sequence[int]) -> Path:
 
 
 def _keep(problem: Problem, best: Best, path: Path, grid: list[float], bisections: int) -> None:
-    """Search one path and keep what is nearer than the best so far."""
-    position = first_on_path(problem, path, grid, bisections)
+    """Search one path, as far as it can be nearer, and keep what is nearer than the best so far."""
+    position = first_on_path(problem, path, grid, bisections, _limit(problem, best, path, grid))
     hit = position.isfinite().nonzero().squeeze(1)
     best.update(hit, path(hit, position[hit]), torch.ones_like(hit, dtype=torch.bool))
+
+
+def _limit(problem: Problem, best: Best, path: Path, grid: list[float]) -> Tensor:
+    """Per image the position (B,) from which on a path that leads away from the clean image cannot be nearer than the
+    best so far: the grid's next after the first that is not; infinite where there is none."""
+    everything = torch.arange(len(problem), device=problem.images.device)
+    limit = torch.full_like(best.distance, torch.inf)
+    for here, beyond in pairwise([*grid, torch.inf]):
+        images = path(everything, torch.full_like(limit, here))
+        farther = problem.norm.distance(images, problem.images) >= best.distance
+        limit = torch.where(farther & limit.isinf(), beyond, limit)
+    return limit

@@ -118,11 +118,12 @@ class Following:
 
     For attacks that move every image in small steps: an image that moved by more than ``FAR`` is asked cold. Answers
     about an image that comes several times in one batch are not remembered, so that they do not depend on the order.
-    Its answers depend on what was asked before: a hit counts when the classifier itself says so.
+    Its answers depend on what was asked before: a hit counts when the classifier itself says so. With ``anew`` an image
+    that comes once is always asked cold, and only questions around it start from there.
     """
 
-    def __init__(self, classifier: Callable[[Tensor], Tensor], count: int) -> None:
-        self.classifier, self.rows, self.remembers = classifier, torch.arange(count), True
+    def __init__(self, classifier: Callable[[Tensor], Tensor], count: int, *, anew: bool = False) -> None:
+        self.classifier, self.rows, self.remembers, self.anew = classifier, torch.arange(count), True, anew
         self.memory: dict[str, Any] = {"count": count}  # shared by all views; later also "found" and "seen", of all
 
     @property
@@ -132,7 +133,7 @@ class Following:
 
     def select(self, rows: Tensor) -> Following:
         """The view of the images ``rows`` (n,) of this view; one that holds an image twice remembers nothing."""
-        view = Following(rows_of(self.classifier, rows), 0)
+        view = Following(rows_of(self.classifier, rows), 0, anew=self.anew)
         view.rows, view.memory = self.rows.to(rows.device)[rows], self.memory
         view.remembers = self.remembers and len(view.rows.unique()) == len(view.rows)
         return view
@@ -140,7 +141,7 @@ class Following:
     def several(self, owner: Tensor) -> Following:
         """One for the images ``owner`` (R,) of this view, which may name an image several times: each of them goes on
         alone from what was found for the image so far."""
-        runs = Following(rows_of(self.classifier, owner), len(owner))
+        runs = Following(rows_of(self.classifier, owner), len(owner), anew=self.anew)
         if "found" in self.memory:
             rows = self.rows.to(owner.device)[owner]
             runs.memory |= {"found": self.memory["found"].rows(rows), "seen": self.memory["seen"][rows]}
@@ -151,11 +152,8 @@ class Following:
         seen = self._seen(images)
         moved = self._moved(seen)
         together = (moved <= NEAR) & self._answers_together(images)
-        kinds = (
-            (together, self._ask_together),
-            (~together & (moved <= FAR), self._ask_warm),
-            (moved > FAR, self._ask_cold),
-        )
+        warm = ~together & (moved <= FAR) & (not self.anew)
+        kinds = ((together, self._ask_together), (warm, self._ask_warm), (~together & ~warm, self._ask_cold))
         logits, places = [], []
         for chosen, ask in kinds:
             if len(index := chosen.nonzero()[:, 0]):

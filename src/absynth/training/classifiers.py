@@ -183,7 +183,7 @@ def perturb(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 128) -> float:
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
     """Share of images (N,C,S,S) that ``model`` gives their label (N,)."""
     batches = zip(torch.split(images, batch_size), torch.split(labels, batch_size), strict=True)
     return sum(int((model(x).argmax(1) == y).sum()) for x, y in batches) / len(images)

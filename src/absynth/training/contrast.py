@@ -27,15 +27,17 @@ import torch
 from torch import Tensor, nn
 
 from absynth.candidates import Candidates, chunk_size, matrix_vector
-from absynth.decoding import FoldedDecoder, to_blocks
+from absynth.decoding import Activations, FoldedDecoder, to_blocks
 from absynth.training.augment import Augmentation, augment
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastConfig:
-    """``rounds`` passes over all images; ``margin`` and ``temperature`` in units of un-normalized energy."""
+    """``rounds`` passes over the images, those of the first half over ``early_share`` of them; ``margin`` and
+    ``temperature`` in units of un-normalized energy."""
 
     rounds: int = 8
+    early_share: float = 0.5
     augmentation: Augmentation = field(
         default_factory=lambda: Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.5, elastic=0.3, bicubic=True)
     )
@@ -55,8 +57,10 @@ class ContrastConfig:
 
 
 STAGES = 3  # of a round: compare with the candidates, settle the latents, train
-# What a Newton step promises is not the minimum: rivals are searched for up to this much beyond a hard gap.
-UNSETTLED = 10.0
+# What a Newton step promises is not the minimum: rivals are searched for up to this much beyond a hard gap. Of those
+# that promise more, one in 400 turns out to be hard, and then hardly (LOG.md, 2026-11-27).
+UNSETTLED = 4.0
+GIVEN_UP = 3.0  # the same, after the step
 
 
 @dataclass
@@ -70,12 +74,13 @@ class Pairs:
     others: Tensor  # (P,) of the class to be compared with: the true class for a rival, the best rival for its own
 
     @classmethod
-    def begun(cls, wanted: Tensor, own: Tensor, size: int) -> Pairs:
+    def begun(cls, wanted: Tensor, own: Tensor, size: int, true: Tensor | None = None) -> Pairs:
         """Those that a class looks at, ``wanted`` (N,) of all images; ``own`` (N,) are its own. Latents, of ``size``
-        numbers, and energies are yet to be found."""
+        numbers, and energies are yet to be found; what the true classes promise, ``true`` (N,), may be known."""
         rows = wanted.nonzero()[:, 0]
         nothing = torch.full((len(rows),), torch.nan, device=rows.device)
-        return cls(rows, own[rows], nothing[:, None].repeat(1, size), nothing.clone(), nothing)
+        others = nothing if true is None else true[rows]
+        return cls(rows, own[rows], nothing[:, None].repeat(1, size), nothing.clone(), others)
 
     def gaps(self) -> Tensor:
         """The rival's energy minus the true class's (P,)."""
@@ -97,6 +102,18 @@ def derivatives(own: Tensor, energies: Tensor, others: Tensor, config: ContrastC
 def rate_at(done: float, config: ContrastConfig) -> float:
     """The learning rate when this share of the training is done: up in a line, down as a cosine."""
     return config.learning_rate * min(1.0, done / 0.03 + 1e-3) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def of_round(labels: Tensor, config: ContrastConfig, round_number: int) -> Tensor:
+    """Which images, of ``labels`` (N,), a round looks at (n,): in the early rounds a part of each class, drawn anew."""
+    if round_number >= config.rounds // 2:
+        return torch.arange(len(labels))
+    generator = torch.Generator().manual_seed(config.seed * 1000 + round_number)
+    drawn = torch.randperm(len(labels), generator=generator)
+    sorted_labels, order = labels.cpu()[drawn].sort(stable=True)
+    counts = sorted_labels.bincount()
+    parts = drawn[order].split(counts.tolist())
+    return torch.cat([part[: math.ceil(config.early_share * len(part))] for part in parts]).sort().values
 
 
 def moved(
@@ -156,11 +173,17 @@ class Scan:
 
 
 @torch.no_grad()
+def best_candidates(candidates: Candidates, images: Tensor) -> Tensor:
+    """Of images (N,C,S,S), the candidate (N,) that explains each best."""
+    parts = images.split(chunk_size(256, images))
+    points, offsets = candidates.points, candidates.offsets
+    return torch.cat([torch.addmm(offsets, to_blocks(part), points.T, alpha=-1).argmin(1) for part in parts])
+
+
+@torch.no_grad()
 def scan(starts: Starts, images: Tensor) -> Scan:
     """Compare images (N,C,S,S) with the candidates of a class."""
-    points, offsets = starts.candidates.points, starts.candidates.offsets
-    parts = images.split(chunk_size(256, images))
-    chosen = torch.cat([torch.addmm(offsets, to_blocks(part), points.T, alpha=-1).argmin(1) for part in parts])
+    chosen = best_candidates(starts.candidates, images)
     energies, promised = images.new_empty(len(images)), images.new_empty(len(images))
     newton = images.new_empty(len(images), starts.candidates.latents.shape[1])
     for rows, candidates in _alike(chosen):
@@ -207,7 +230,7 @@ def settle(
 ) -> None:
     """Newton steps of the latents of ``pairs``, in place, from candidates ``latents`` (M,D) with their ``inverses``
     (M,D,D); ``found`` is the scan of their images. A step that raises the energy is taken back, and the next one is
-    shorter."""
+    shorter. Rivals that a step leaves far from what the true class promises, where that is known, are given up."""
     device = images.device
     for rows in torch.arange(len(pairs.images), device=device).split(chunk_size(64, images)):
         targets, chosen = to_blocks(images[pairs.images[rows]]), found.chosen[rows]
@@ -221,11 +244,20 @@ def settle(
             better = energies < lowest
             best = torch.where(better[:, None], trial, best)
             lowest = torch.where(better, energies, lowest)
-            if step + 1 < config.settling:
-                descent = folded.pullback(activations, residual) - beta / 2 * trial
-                newton = torch.where(better[:, None], matrix_vector(inverses[chosen], descent), newton)
-                rate = torch.where(better, rate, rate * 0.3)
-        pairs.latents[rows], pairs.energies[rows] = best, lowest
+            pairs.latents[rows], pairs.energies[rows] = best, lowest
+            if step + 1 == config.settling:
+                break
+            hopeless = ~pairs.own[rows] & (lowest - pairs.others[rows] > config.hard + GIVEN_UP)
+            if hopeless.any():
+                near = ~hopeless
+                rows, targets, chosen, best, rate = rows[near], targets[near], chosen[near], best[near], rate[near]
+                lowest, newton, trial, better = lowest[near], newton[near], trial[near], better[near]
+                activations, residual = Activations(*(one[near] for one in activations)), residual[near]
+                if not len(rows):
+                    break
+            descent = folded.pullback(activations, residual) - beta / 2 * trial
+            newton = torch.where(better[:, None], matrix_vector(inverses[chosen], descent), newton)
+            rate = torch.where(better, rate, rate * 0.3)
 
 
 def exchange(pairs: Sequence[Pairs], count: int) -> None:

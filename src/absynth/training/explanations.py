@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from absynth.candidates import Candidates
 from absynth.decoding import FoldedDecoder
-from absynth.training.contrast import ContrastConfig, Pairs, Starts, scan, settle
+from absynth.training.contrast import ContrastConfig, Pairs, Starts, best_candidates, scan, settle
 from absynth.training.processes import children_ignore_interrupts, end_with_parent
 from absynth.vae import Decoder, VAEConfig
 
@@ -76,9 +77,12 @@ def _explain(weights: dict[str, Any], candidates: Any, pixels: Any, sizes: VAECo
     decoder.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
     decoder.eval().requires_grad_(False)
     images, folded = torch.from_numpy(pixels), FoldedDecoder(decoder)
-    starts = Starts.of(folded, torch.from_numpy(candidates), beta)
+    # Jacobians of those candidates alone that are the best one of an image
+    latents = torch.from_numpy(candidates)
+    latents = latents[best_candidates(Candidates(folded, latents, beta), images).unique()]
+    starts = Starts.of(folded, latents, beta)
     everything = torch.ones(len(images), dtype=torch.bool)
-    pairs = Pairs.begun(everything, everything, candidates.shape[1])
+    pairs = Pairs.begun(everything, everything, latents.shape[1])
     settle(
         folded, starts.candidates.latents, starts.inverses, scan(starts, images), pairs, images, SETTLING, beta
     )  # fmt: skip

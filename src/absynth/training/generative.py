@@ -1,6 +1,7 @@
 """Training of the generative models: one variational autoencoder a class, then its decoder alone.
 
-*First phase*: encoder and decoder together, by the negative ELBO (paper, section 3). It lays out the latent space.
+*First phase*: encoder and decoder together, by the negative ELBO (paper, section 3). It lays out the latent space. Most
+of it is done once, for all classes together: each class's autoencoder begins as a copy of one that has seen all images.
 *Second phase*: the decoder alone, on what the analysis will ask of it: every training image keeps latents of its own
 and both descend the energy ||x - G(z)||^2 + beta/2 ||z||^2 together. An image's step is scaled by the variance the
 encoder gave it, the inverse of the energy's curvature there. At half the cost a step of the first phase, it lowers the
@@ -18,7 +19,7 @@ import os
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,12 @@ class GenerativeConfig:
 
     latent_size: int = 8
     beta: float = 1.0
-    vae_steps: int = 1000
+    shared_steps: int = 1500  # of the one autoencoder that all classes begin from; 0: each class begins by itself
+    vae_steps: int = 300
     vae_batch_size: int = 32
     vae_learning_rate: float = 3e-3
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(rotation=3, zoom=0.05, shear=3, shift=0))
-    decoder_steps: int = 5600
+    decoder_steps: int = 5000
     decoder_batch_size: int = 16
     decoder_learning_rate: float = 2e-3
     latent_rate: float = 0.5  # step of an image's own latents, relative to a Newton step
@@ -55,11 +57,14 @@ class GenerativeConfig:
     def __post_init__(self) -> None:
         if min(self.vae_steps, self.decoder_steps, self.vae_batch_size, self.decoder_batch_size) < 1:
             raise InputError(f"{self}: steps and batch sizes must be at least 1")
+        if self.shared_steps < 0:
+            raise InputError(f"shared_steps is {self.shared_steps}; expected 0 or more")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}")
 
     @property
     def steps(self) -> int:
+        """Of one class, what all share left out."""
         return self.vae_steps + self.decoder_steps
 
 
@@ -79,10 +84,11 @@ def train_class(
     number: int,
     config: GenerativeConfig | None = None,
     *,
+    start: VAE | None = None,
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> TrainedClass:
-    """Train the model of class ``number`` on its images (N,C,S,S) in [0,1].
+    """Train the model of class ``number`` on its images (N,C,S,S) in [0,1], from ``start`` or from random weights.
 
     ``checkpoint`` names a file written every 500 steps and continued from if it exists; a resumed training ends in the
     same weights, bit for bit, as one that ran through (same machine and thread count). Raises InputError for a
@@ -91,15 +97,60 @@ def train_class(
     config = config or GenerativeConfig()
     if len(images) < 2:
         raise InputError(f"class {number} has {len(images)} training images; at least 2 are needed: add images")
+    vae = _begun(images, config, number)
+    identity = {"model": "vae", "class": number, "config": asdict(config), "data_digest": digest(images), "start": None}
+    if start is not None:
+        vae.load_state_dict(start.state_dict())
+        identity["start"] = digest(*start.state_dict().values())
+    state = _State(vae, config, len(images))
+    _advance(state, images, number, config.steps, identity, checkpoint, progress, f"class {number}")
+    return TrainedClass(vae.eval().requires_grad_(False), state.latents)
+
+
+def shared_start(
+    images: Tensor,
+    config: GenerativeConfig | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> VAE:
+    """The autoencoder that those of all classes begin from, trained for ``shared_steps`` on images (N,C,S,S) of all of
+    them; ``checkpoint`` as in ``train_class``."""
+    config = config or GenerativeConfig()
+    vae = _begun(images, config, _ALL_CLASSES)
+    identity = {"model": "shared vae", "config": asdict(config), "data_digest": digest(images)}
+    state = _State(vae, replace(config, vae_steps=config.shared_steps), len(images))
+    _advance(state, images, _ALL_CLASSES, config.shared_steps, identity, checkpoint, progress, "all classes")
+    return vae.eval().requires_grad_(False)
+
+
+_ALL_CLASSES = 999  # in the place of a class's number, for random draws
+
+
+def _begun(images: Tensor, config: GenerativeConfig, number: int) -> VAE:
+    """A new autoencoder, channels-last: a third faster on a CPU."""
     with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
         torch.manual_seed(config.seed * 1000 + number)
         vae = VAE(VAEConfig(images.shape[-1], images.shape[1], config.latent_size)).to(images.device)
-    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
-    state = _State(vae, config, len(images))
-    identity = {"model": "vae", "class": number, "config": asdict(config), "data_digest": digest(images)}
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return vae
+
+
+def _advance(
+    state: _State,
+    images: Tensor,
+    number: int,
+    last: int,
+    identity: dict[str, Any],
+    checkpoint: str | Path | None,
+    progress: Progress | None,
+    called: str,
+) -> None:
+    """Train to step ``last``, from the checkpoint if there is one."""
+    config = state.config
     if checkpoint is not None and (saved := load_checkpoint(checkpoint, expect=identity)) is not None:
         state.restore(*saved)
-    while state.step < config.steps:
+    while state.step < last:
         if state.step == config.vae_steps:
             state.begin_second_phase(images)
         batches = _Batches(len(images), config, number)
@@ -109,12 +160,11 @@ def train_class(
             else:
                 loss = state.decoder_step(images[chosen], chosen)
             if progress is not None:
-                progress(state.step, config.steps, f"class {number}: loss {loss:.2f}")
-            if checkpoint is not None and (state.step % CHECKPOINT_EVERY == 0 or state.step == config.steps):
+                progress(state.step, last, f"{called}: loss {loss:.2f}")
+            if checkpoint is not None and (state.step % CHECKPOINT_EVERY == 0 or state.step == last):
                 save_checkpoint(checkpoint, state.tensors(), {**identity, "step": state.step})
-            if state.step in (config.vae_steps, config.steps):
+            if state.step in (config.vae_steps, last):
                 break
-    return TrainedClass(vae.eval().requires_grad_(False), state.latents)
 
 
 class _Batches:
@@ -232,32 +282,44 @@ def train_classes(
 ) -> list[TrainedClass]:
     """Train one model a class on images (N,C,S,S) in [0,1] and labels (N,), numbered from 0.
 
-    ``checkpoints`` names a folder with one file a class. ``workers``: how many classes are trained at once, each in a
-    process with one thread; None takes one for each core on a CPU and 1 on CUDA. The result does not depend on it.
+    ``checkpoints`` names a folder with one file a class and one for what they share. ``workers``: how many classes are
+    trained at once, each in a process with one thread; None takes one for each core on a CPU and 1 on CUDA. The result
+    does not depend on it.
     """
     config = config or GenerativeConfig()
     classes = int(labels.max()) + 1
     files = [Path(checkpoints) / f"class-{number}.safetensors" if checkpoints else None for number in range(classes)]
     workers = workers or (min(os.cpu_count() or 1, classes) if images.device.type == "cpu" else 1)
-    done = [0] * classes
-    total = classes * config.steps
+    done = [0] * (classes + 1)  # the last: what all share
+    total = classes * config.steps + config.shared_steps
 
     def report(number: int, step: int, text: str) -> None:
         done[number] = step
         if progress is not None:
             progress(sum(done), total, text)
 
+    start = None
+    if config.shared_steps:
+        start = shared_start(
+            images,
+            config,
+            checkpoint=Path(checkpoints) / "shared.safetensors" if checkpoints else None,
+            progress=lambda step, _total, text: report(classes, step, text),
+        )
+        done[classes] = config.shared_steps
     if workers == 1:
         return [
             train_class(
                 images[labels == number],
                 number,
                 config,
+                start=start,
                 checkpoint=files[number],
                 progress=lambda step, _total, text, number=number: report(number, step, text),  # type: ignore[misc]
             )
             for number in range(classes)
         ]
+    begun = None if start is None else {name: value.numpy() for name, value in start.state_dict().items()}
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
     with children_ignore_interrupts():
@@ -269,7 +331,13 @@ def train_classes(
             with children_ignore_interrupts():
                 jobs = [
                     executor.submit(
-                        _train_in_process, images[labels == number].numpy(), number, config, files[number], messages
+                        _train_in_process,
+                        images[labels == number].numpy(),
+                        number,
+                        config,
+                        begun,
+                        files[number],
+                        messages,
                     )
                     for number in range(classes)
                 ]
@@ -291,7 +359,12 @@ def _begin_worker() -> None:
 
 
 def _train_in_process(
-    images: Any, number: int, config: GenerativeConfig, checkpoint: Path | None, messages: Any
+    images: Any,
+    number: int,
+    config: GenerativeConfig,
+    begun: dict[str, Any] | None,
+    checkpoint: Path | None,
+    messages: Any,
 ) -> tuple[dict[str, Any], Any]:
     """``train_class`` in a worker: weights and latents come back as NumPy arrays."""
 
@@ -299,11 +372,19 @@ def _train_in_process(
         if step % 20 == 0 or step == config.steps:
             messages.put((number, step, text))
 
-    trained = train_class(torch.from_numpy(images), number, config, checkpoint=checkpoint, progress=report)
+    pixels = torch.from_numpy(images)
+    start = None if begun is None else _with_weights(pixels, config, begun)
+    trained = train_class(pixels, number, config, start=start, checkpoint=checkpoint, progress=report)
     return {name: value.numpy() for name, value in trained.vae.state_dict().items()}, trained.latents.numpy()
 
 
 def _trained(images: Tensor, config: GenerativeConfig, weights: dict[str, Any], latents: Any) -> TrainedClass:
+    vae = _with_weights(images, config, weights)
+    return TrainedClass(vae.eval().requires_grad_(False), torch.from_numpy(latents))
+
+
+def _with_weights(images: Tensor, config: GenerativeConfig, weights: dict[str, Any]) -> VAE:
+    """The autoencoder for such images with these weights, as NumPy arrays."""
     vae = VAE(VAEConfig(images.shape[-1], images.shape[1], config.latent_size))
     vae.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
-    return TrainedClass(vae.eval().requires_grad_(False), torch.from_numpy(latents))
+    return vae

@@ -123,7 +123,10 @@ def train(
 def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     base = GenerativeConfig(seed=run.seed)
     config = replace(
-        base, vae_steps=max(1, round(base.vae_steps * effort)), decoder_steps=max(1, round(base.decoder_steps * effort))
+        base,
+        shared_steps=max(1, round(base.shared_steps * effort)),
+        vae_steps=max(1, round(base.vae_steps * effort)),
+        decoder_steps=max(1, round(base.decoder_steps * effort)),
     )
     cycles = [
         replace(cycle, seed=100 * run.seed + number, rounds=max(1, round(cycle.rounds * min(1.0, effort))))
@@ -133,7 +136,7 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
     rounds = sum(cycle.rounds for cycle in cycles) * run.classes * STAGES
     # a stage of the contrast takes about as long for a class as this many steps of its first two phases
     scale = 800
-    whole = run.classes * config.steps + rounds * scale
+    whole = config.shared_steps + run.classes * config.steps + rounds * scale
 
     def progress(done: int, text: str) -> None:
         if run.progress is not None:
@@ -355,7 +358,7 @@ def _train_nearest_neighbor(run: Run, effort: float) -> tuple[dict[str, Tensor],
 
 
 @torch.no_grad()
-def batched(model: nn.Module, images: Tensor, size: int = 128) -> Tensor:
+def batched(model: nn.Module, images: Tensor, size: int = 256) -> Tensor:
     """Logits (N,K) of images (N,C,S,S), ``size`` at a time."""
     return torch.cat([model(chunk) for chunk in images.split(size)])
 

@@ -30,6 +30,7 @@ from absynth.training.contrast import (
     derivatives,
     exchange,
     moved,
+    of_round,
     rate_at,
     scan,
     settle,
@@ -110,7 +111,8 @@ def sharpen(
         first, (weights, latents) = int(saved[1]["round"]), _from_tensors(saved[0], classes)
     workers = workers or min(os.cpu_count() or 1, classes)
     context = multiprocessing.get_context("spawn")
-    settings = {"images": images.numpy(), "sizes": sizes, "config": config, "beta": beta, "response": response}
+    given = {"images": images.numpy(), "labels": labels.numpy()}
+    settings = {**given, "sizes": sizes, "config": config, "beta": beta, "response": response}
     executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(settings,))
     with children_ignore_interrupts():  # the workers start with the first job
         executor.submit(int).result()
@@ -135,16 +137,19 @@ def sharpen(
     try:
         for round_number in range(first, config.rounds):
             starts = [one.numpy() for one in candidates]
+            seen = labels[of_round(labels, config, round_number)]  # (n,)
             scanned = each_class(_scan, round_number, 0, weights, starts)
             scans = [Scan(**_tensors(found)) for found, _ in scanned]
-            wanted = choose_rivals(torch.stack([one.promised for one in scans], dim=1), labels, config)  # (N,K)
-            pairs = [Pairs.begun(wanted[:, c], labels == c, candidates.shape[2]) for c in range(classes)]
+            promises = torch.stack([one.promised for one in scans], dim=1)  # (N,K)
+            wanted = choose_rivals(promises, seen, config)
+            true = promises.gather(1, seen[:, None])[:, 0]
+            pairs = [Pairs.begun(wanted[:, c], seen == c, candidates.shape[2], true) for c in range(classes)]
             found = [_arrays(vars(one.rows(pair.images))) for one, pair in zip(scans, pairs, strict=True)]
             begun = [_arrays(vars(one)) for one in pairs]
             inverses = [one for _, one in scanned]
             settled = each_class(_settle, round_number, 1, weights, starts, inverses, found, begun)
             pairs = [Pairs(**_tensors(one)) for one in settled]
-            exchange(pairs, len(images))
+            exchange(pairs, len(seen))
             weights = each_class(_train, round_number, 2, weights, [_arrays(vars(one)) for one in pairs])
             latents = [(one.latents[one.own], one.latents[~one.own]) for one in pairs]
             if checkpoint is not None:
@@ -163,16 +168,19 @@ _worker: dict[str, Any] = {}  # what a worker process is given once, at its star
 def _start_worker(settings: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     end_with_parent()
-    _worker.update(settings, images=torch.from_numpy(settings["images"]), round=None)
+    _worker.update(settings, round=None)
+    _worker.update({name: torch.from_numpy(settings[name]) for name in ("images", "labels")})
 
 
 def _round_images(round_number: int) -> Tensor:
     """The images of a round, moved once in each process."""
     if _worker["round"] != round_number:
-        _worker["moved"] = moved(_worker["images"], _worker["config"], round_number, _worker["response"])
+        images, config = _worker["images"], _worker["config"]
+        rows = of_round(_worker["labels"], config, round_number)
+        _worker["moved"] = moved(images[rows], config, round_number, _worker["response"])
         _worker["round"] = round_number
-    images: Tensor = _worker["moved"]
-    return images
+    found: Tensor = _worker["moved"]
+    return found
 
 
 # The three stages of a round for one class, in a worker; tensors travel as NumPy arrays.

@@ -29,6 +29,7 @@ from absynth.training.contrast import (
     exchange,
     gaps_between,
     moved,
+    of_round,
     rate_at,
     scan,
     settle,
@@ -67,8 +68,9 @@ def sharpen_together(
         first, starts = int(saved[1]["round"]), saved[0]["starts"].to(device)
         latents = [(saved[0][f"{number}.own"], saved[0][f"{number}.rival"]) for number in range(classes)]
     for round_number in range(first, config.rounds):
-        seen = moved(images, config, round_number, response)
-        pairs = explained(stacked, starts, seen, labels, config, beta)
+        rows = of_round(labels, config, round_number).to(device)
+        seen = moved(images[rows], config, round_number, response)
+        pairs = explained(stacked, starts, seen, labels[rows], config, beta)
         loss = _train_round(stacked, optimizer, pairs, seen, config, round_number, beta)
         latents = [(one.latents[one.own].cpu(), one.latents[~one.own].cpu()) for one in pairs]
         starts = _drawn(latents, starts.shape[1], config.seed * 1000 + round_number).to(device)
@@ -95,10 +97,12 @@ def explained(
     with whole_precision(images):
         known = [Starts.of(decoder, some, beta) for decoder, some in zip(folded, starts, strict=True)]
         scans = [scan(one, images) for one in known]
-        wanted = choose_rivals(torch.stack([one.promised for one in scans], dim=1), labels, config)  # (N,K)
+        promises = torch.stack([one.promised for one in scans], dim=1)  # (N,K)
+        wanted = choose_rivals(promises, labels, config)
+        true = promises.gather(1, labels[:, None])[:, 0]
         pairs = []
         for number, (decoder, one) in enumerate(zip(folded, known, strict=True)):
-            pairs.append(Pairs.begun(wanted[:, number], labels == number, starts.shape[2]))
+            pairs.append(Pairs.begun(wanted[:, number], labels == number, starts.shape[2], true))
             found = scans[number].rows(pairs[-1].images)
             settle(decoder, one.candidates.latents, one.inverses, found, pairs[-1], images, config, beta)
     exchange(pairs, len(images))
