@@ -12,7 +12,6 @@ from absynth.candidates import Candidates, prior_candidates
 from absynth.classifiers import ABS
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.errors import InputError
-from absynth.neighbors import TRUSTED
 from absynth.responses import Ramp, Threshold
 from test_decoding import random_decoder
 
@@ -122,7 +121,7 @@ def test_images_around_one_are_answered_nearly_as_by_a_search(images: Tensor, re
     still = -model.around(images[:4], found, torch.arange(4)) - model.analyze(images[:4], schedule=exact).energies
     assert still.min() > -1e-5 * energies.max()
     alone = torch.cat([model.around(moved[row : row + 1], found, owner[row : row + 1]) for row in range(20)])
-    torch.testing.assert_close(logits, alone, rtol=1e-5, atol=TRUSTED / 784)
+    torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("response", [None, Ramp(0.2)])

@@ -21,7 +21,7 @@ from absynth.decoding import FoldedDecoder
 
 #: Images that gain no more than this (in un-normalized energy) by a step of their own, beside the one that the first of
 #: their neighborhood takes, are not decoded: what such a step promises is what it holds, to third order in its length.
-TRUSTED = 1e-3
+TRUSTED = 5e-4
 
 
 @torch.no_grad()
