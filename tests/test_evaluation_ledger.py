@@ -6,6 +6,7 @@ import math
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from absynth.errors import InputError
-from absynth.evaluation.ledger import FILE_NAME, Ledger, ledger_folders, merge_ledgers
+from absynth.evaluation.ledger import FILE_NAME, Ledger, ledger_folders, merge_ledgers, rows_at_hand
 from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, ModelRecord, Row
 
 ROW = Row("m", "A()", "l2", 3, 0, 1, 0.1 + 0.2, "found", 5, 2, 0.5, torch.rand(1, 8, 8), "")
@@ -104,6 +105,21 @@ def test_no_ledger(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no evaluation in"):
         ledger_folders([tmp_path])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("statement", ["", "PRAGMA journal_mode = WAL"])
+def test_a_run_that_ended_while_it_made_its_ledger(tmp_path: Path, statement: str) -> None:
+    (tmp_path / FILE_NAME).touch()
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection:
+        connection.execute(statement)
+    assert rows_at_hand(tmp_path) == 0
+    for read in (Ledger, lambda folder: ledger_folders([folder])):
+        with pytest.raises(InputError, match="no evaluation in"):
+            read(tmp_path)
+    filled(tmp_path, [ROW])
+    assert rows_at_hand(tmp_path) == 1
+    with Ledger(tmp_path) as ledger:
+        assert len(ledger.rows("m")) == 1
 
 
 def test_another_version(tmp_path: Path) -> None:

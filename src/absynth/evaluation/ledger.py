@@ -70,10 +70,8 @@ class Ledger:
             with self._explained():
                 if write:
                     self._claim()
-                elif not self.path.is_file():
-                    raise InputError(
-                        f"no evaluation in {self.folder}: run `absynth evaluate --out {self.folder}` first"
-                    )
+                elif not _begun(self.path):
+                    raise _nothing_in(self.folder)
                 self._connection = sqlite3.connect(self.path, timeout=10.0, isolation_level=None)
                 self._open(write)
         except BaseException:
@@ -346,9 +344,9 @@ def ledger_folders(folders: Iterable[str | Path]) -> list[Path]:
     """The run folders at or below ``folders``, sorted below each. Raises InputError where there is none."""
     found: list[Path] = []
     for folder in map(Path, folders):
-        here = sorted(path.parent for path in folder.rglob(FILE_NAME)) if folder.is_dir() else []
+        here = _ledger_folders_below(folder)
         if not here:
-            raise InputError(f"no evaluation in {folder}: run `absynth evaluate --out {folder}` first")
+            raise _nothing_in(folder)
         found += [path for path in here if path not in found]
     return found
 
@@ -356,12 +354,32 @@ def ledger_folders(folders: Iterable[str | Path]) -> list[Path]:
 def rows_at_hand(folder: str | Path) -> int:
     """How many attack rows there are at or below a folder that need not exist. Raises InputError for a ledger that
     cannot be read."""
-    files = sorted(Path(folder).rglob(FILE_NAME)) if Path(folder).is_dir() else []
     count = 0
-    for file in files:
-        with Ledger(file.parent) as ledger:
+    for place in _ledger_folders_below(Path(folder)):
+        with Ledger(place) as ledger:
             count += sum(len(ledger.keys(record.digest)) for record in ledger.models())
     return count
+
+
+def _ledger_folders_below(folder: Path) -> list[Path]:
+    files = sorted(folder.rglob(FILE_NAME)) if folder.is_dir() else []
+    return [file.parent for file in files if _begun(file)]
+
+
+def _begun(file: Path) -> bool:
+    """Whether ``file`` has more in it than an SQLite file without tables, which a run leaves that ends while it makes
+    its ledger (the tables come in one transaction). What it holds, if anything, is for ``Ledger`` to say."""
+    if not file.is_file():
+        return False
+    try:
+        with closing(sqlite3.connect(file, timeout=10.0)) as connection:
+            return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+    except sqlite3.Error:
+        return True
+
+
+def _nothing_in(folder: Path) -> InputError:
+    return InputError(f"no evaluation in {folder}: run `absynth evaluate --out {folder}` first")
 
 
 def _row_values(row: Row) -> tuple[Any, ...]:
