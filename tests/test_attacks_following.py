@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from absynth.attacks.decision import Boundary
 from absynth.attacks.estimated import Estimated
 from absynth.attacks.gradient import FastGradient, ProjectedGradient
 from absynth.attacks.hop_skip_jump import HopSkipJump
+from absynth.attacks.noise import GaussianNoise, SaltAndPepper
 from absynth.attacks.pointwise import Pointwise
 from absynth.attacks.queries import CountingClassifier, Following
 from absynth.attacks.search import SmallestRadius
@@ -67,6 +69,19 @@ def test_an_attack_on_a_model_that_remembers_confirms_its_hits_cold(error: float
     assert warm.found.all() and goal.met(MODEL(warm.images)).all()
     ratio = L2.distance(warm.images, images) / L2.distance(cold.images, images)
     assert (ratio > 1 - 1e-3).all() and (ratio < 1.001 + error).all()
+
+
+@pytest.mark.parametrize("attack", [GaussianNoise(draws=4), SaltAndPepper(draws=4)], ids=["gaussian", "salt"])
+@pytest.mark.parametrize("error", [0.0, 0.02])
+def test_noise_that_is_followed_to_is_confirmed_along_its_own_path(attack: Attack, error: float) -> None:
+    images, labels = images_near(MODEL, 6)
+    goal, seeds = Goal.untargeted(labels), torch.arange(6)
+    model = Remembering(MODEL, error)
+    warm, cold = (attack(one, images, goal, seeds) for one in (model, MODEL))
+    assert model.followed > model.asked and warm.found.all() and goal.met(MODEL(warm.images)).all()
+    ratio = attack.norm.distance(warm.images, images) / attack.norm.distance(cold.images, images)
+    # No nearer than what every question asked cold finds: nothing is taken back from what has to stay noise.
+    assert (ratio > 0.999).all() and (ratio < (1.4 if error else 1.0001)).all()
 
 
 def test_an_image_on_which_a_model_remembers_wrongly_is_searched_cold() -> None:
@@ -244,6 +259,28 @@ def test_attacks_that_were_misled_search_again(attack: Attack) -> None:
     # The first two never leave what was asked cold; in L0 what does not hold gets more pixels.
     if attack.family not in ("boundary", "hop-skip-jump", "sigma-zero"):
         torch.testing.assert_close(misled.images, cold.images, atol=1e-4, rtol=0)
+
+
+class Blind(Remembering):
+    """A model that, followed, knows of the class alone that was the likeliest when it was last asked cold."""
+
+    def follow(self, images: Tensor, before: Found | None) -> tuple[Tensor, Found]:
+        logits, found = super().follow(images, before)
+        if before is None:
+            rest = torch.ones_like(logits).scatter(1, logits.argmax(1, keepdim=True), 0.0)
+        else:
+            rest = before.energies
+        return logits - 10 * rest * (before is not None), replace(found, energies=rest)
+
+
+def test_a_walk_that_is_misled_goes_back_and_is_not_stuck() -> None:
+    images, labels = images_near(MODEL, 12)
+    goal, seeds = Goal.untargeted(labels), torch.arange(12)
+    attack, model = Boundary(steps=600), Blind(MODEL, 0.0)
+    warm, cold = (attack(one, images, goal, seeds) for one in (model, MODEL))
+    assert warm.found.all() and goal.met(MODEL(warm.images)).all()
+    ratio = L2.distance(warm.images, images) / L2.distance(cold.images, images)
+    assert (ratio < 1.1).all()
 
 
 def test_an_attack_with_a_radius_stays_within_it() -> None:

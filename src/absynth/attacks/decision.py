@@ -43,7 +43,7 @@ class Boundary(Attack):
     source = "Brendel et al. 2018, arXiv 1712.04248"
     deterministic = False
     queries = "up to 5,600 predictions"
-    in_small_steps = False  # steps that are kept are asked again, cold
+    in_small_steps = False  # what is followed to is asked again, cold, now and then
 
     def search(self, problem: Problem) -> Proposals:
         start = toward_clean(problem, starting_points(problem), steps=10)
@@ -56,25 +56,29 @@ class Boundary(Attack):
         on_sphere = _Rate(best.distance, window=10)
         kept = _Rate(best.distance, window=30)
         walk = followed(problem)
+        sure = _Sure(best, kept) if walk is not problem else None
         for step in range(self.steps):
             if not len(todo):
                 break
             part = walk.rows(todo)
             noise = draw_normal([sources[row] for row in todo.tolist()], part.images)
             side, candidate = self._step(part.images, best.images[todo], noise, sphere[todo], toward[todo])
-            met = part.met(candidate)
-            if walk is not problem and len(said := met.nonzero()[:, 0]):
-                met[said] = met_afresh(part.rows(said), candidate[said])
-            better = best.update(todo, candidate, met)
+            better = best.update(todo, candidate, part.met(candidate))
             kept.record(todo, better)
+            if sure is not None:
+                sure.look_after(walk, todo[better])
             if step % 10 == 9:
                 on_sphere.record(todo, part.met(side))
                 sphere = on_sphere.adapt(sphere, 0.2, 0.5, self.adaptation)
                 toward = on_sphere.adapt(toward, 0.2, 0.5, self.adaptation)
                 on_sphere.forget_full()
+            if sure is not None:  # where hardly a step is kept, what was found last may be what misleads
+                sure.confirm(walk, kept.below(0.1))
             toward = kept.adapt(toward, 0.1, 0.25, self.adaptation)
             kept.forget_full()
             todo = todo[(toward[todo] > self.converged) & (best.distance[todo] > 0)]
+        if sure is not None:
+            sure.confirm(walk, sure.pending.nonzero()[:, 0])
         return best.proposals()
 
     def _step(self, clean: Tensor, x: Tensor, noise: Tensor, sphere: Tensor, toward: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +97,42 @@ class Boundary(Attack):
         return side, (clean + per_image(scale, clean) * (side - clean)).clamp(0, 1)
 
 
+class _Sure:
+    """What of a walk that is followed holds when it is asked about cold, now and then, and what to go back to.
+
+    An image's walk is asked about after so many kept steps: twice as many as before where it held, up to ``MOST``, half
+    as many where it did not, and then it goes back to where it last did.
+    """
+
+    MOST = 16
+
+    def __init__(self, best: Best, kept: _Rate) -> None:
+        self.best, self.images, self.distance = best, best.images.clone(), best.distance.clone()
+        self.rate = kept
+        self.interval = torch.ones_like(best.distance, dtype=torch.int64)  # kept steps from one question to the next
+        self.pending = torch.zeros_like(self.interval)  # kept steps since the last one
+
+    def look_after(self, walk: Problem, kept: Tensor) -> None:
+        """The images ``kept`` (n,) have made a step: ask about those that are due."""
+        self.pending[kept] += 1
+        self.confirm(walk, kept[self.pending[kept] >= self.interval[kept]])
+
+    def confirm(self, walk: Problem, rows: Tensor) -> None:
+        """Ask cold about where the images ``rows`` (n,) are; what does not hold goes back."""
+        if not len(rows):
+            return
+        held = met_afresh(walk.rows(rows), self.best.images[rows])
+        good, bad = rows[held], rows[~held]
+        self.images[good], self.distance[good] = self.best.images[good], self.best.distance[good]
+        self.best.images[bad], self.best.distance[bad] = self.images[bad], self.distance[bad]
+        self.interval[good] = (self.interval[good] + 1).clamp(max=self.MOST)
+        self.interval[bad] = 1
+        self.rate.take_back(bad, self.pending[bad])
+        self.pending[rows] = 0
+        if len(bad):  # so that it is followed from where it stands now
+            met_afresh(walk.rows(bad), self.best.images[bad])
+
+
 class _Rate:
     """Successes in a row of trials, per image; a rate exists once ``window`` trials are in, and is then used up."""
 
@@ -103,11 +143,19 @@ class _Rate:
         self.trials[rows] += 1
         self.successes[rows] += success.to(self.successes)
 
+    def take_back(self, rows: Tensor, count: Tensor) -> None:
+        """So many (n,) of the successes of images ``rows`` (n,) were none."""
+        self.successes[rows] = (self.successes[rows] - count).clamp(min=0)
+
     def adapt(self, step: Tensor, low: float, high: float, factor: float) -> Tensor:
         """Steps (B,): larger where more than ``high`` succeeded, smaller where less than ``low`` did."""
         full, rate = self.trials >= self.window, self.successes / self.trials.clamp(min=1)
         step = torch.where(full & (rate > high), step * factor, step)
         return torch.where(full & (rate < low), step / factor, step)
+
+    def below(self, low: float) -> Tensor:
+        """The images (n,) of which fewer than ``low`` succeeded."""
+        return ((self.trials >= self.window) & (self.successes < low * self.trials)).nonzero()[:, 0]
 
     def forget_full(self) -> None:
         full = self.trials >= self.window

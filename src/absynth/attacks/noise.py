@@ -3,7 +3,7 @@ evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from absynth.attacks.base import Attack, Problem, Proposals, draw_normal, draw_uniform, generators
+from absynth.attacks.following import FARTHER, followed, or_else
+from absynth.attacks.queries import can_follow
 from absynth.attacks.search import Best, Path, clean_to, first_on_path
 from absynth.norms import L0, L2, Norm
 
@@ -31,22 +33,18 @@ class GaussianNoise(Attack):
     source = "Schott et al. 2019, arXiv 1805.09190"
     deterministic = False
     queries = "up to 580 predictions"
+    in_small_steps = False  # followed along each path, and asked cold where one ends
 
     def search(self, problem: Problem) -> Proposals:
+        return _nearest(self, problem)
+
+    def paths(self, problem: Problem) -> Iterator[Path]:
+        """From each clean image into one direction of noise after the other."""
         sources = generators(problem.seeds)
         largest = self.norm.largest(problem.images)
-        grid = [((step + 1) / self.steps) ** 2 for step in range(self.steps)]
-        best = Best(problem)
         for _ in range(self.draws):
             noise = draw_normal(sources, problem.images)
-            _keep(
-                problem,
-                best,
-                clean_to(problem, problem.images + self.norm.steepest(noise, largest)),
-                grid,
-                self.bisections,
-            )
-        return best.proposals()
+            yield clean_to(problem, problem.images + self.norm.steepest(noise, largest))
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,14 @@ class SaltAndPepper(Attack):
     source = "Rauber et al. 2017 (Foolbox), arXiv 1707.04131"
     deterministic = False
     queries = "up to 580 predictions"
+    in_small_steps = False  # followed along each path, and asked cold where one ends
 
     def search(self, problem: Problem) -> Proposals:
-        best = Best(problem)
-        grid = [((step + 1) / self.steps) ** 2 for step in range(self.steps)]
-        for draw in range(self.draws):
-            _keep(problem, best, salt_and_pepper(problem, stream=draw), grid, self.bisections)
-        return best.proposals()
+        return _nearest(self, problem)
+
+    def paths(self, problem: Problem) -> Iterator[Path]:
+        """From each clean image into one pattern after the other."""
+        return (salt_and_pepper(problem, stream=draw) for draw in range(self.draws))
 
 
 def salt_and_pepper(problem: Problem, stream: int | Sequence[int]) -> Path:
@@ -90,11 +89,36 @@ def salt_and_pepper(problem: Problem, stream: int | Sequence[int]) -> Path:
     return path
 
 
-def _keep(problem: Problem, best: Best, path: Path, grid: list[float], bisections: int) -> None:
-    """Search one path, as far as it can be nearer, and keep what is nearer than the best so far."""
-    position = first_on_path(problem, path, grid, bisections, _limit(problem, best, path, grid))
-    hit = position.isfinite().nonzero().squeeze(1)
-    best.update(hit, path(hit, position[hit]), torch.ones_like(hit, dtype=torch.bool))
+def _nearest(attack: GaussianNoise | SaltAndPepper, problem: Problem) -> Proposals:
+    """The nearest adversarial on any of the attack's paths.
+
+    A classifier that searches is followed along a path and asked cold where that finds the boundary; images for which
+    nothing holds are asked cold on all paths.
+    """
+    if not can_follow(problem.classifier):
+        return _nearest_as(attack, problem, problem)
+    return or_else(
+        problem, _nearest_as(attack, problem, followed(problem)), lambda cold: _nearest_as(attack, cold, cold)
+    )
+
+
+def _nearest_as(attack: GaussianNoise | SaltAndPepper, problem: Problem, asked: Problem) -> Proposals:
+    """The same, on the problem as ``asked``; what comes back holds for ``problem``."""
+    grid = [((step + 1) / attack.steps) ** 2 for step in range(attack.steps)]
+    best = Best(problem)
+    for path in attack.paths(problem):
+        position = first_on_path(asked, path, grid, attack.bisections, _limit(problem, best, path, grid))
+        todo = position.isfinite().nonzero()[:, 0]
+        for share in FARTHER if asked is not problem else (1.0,):
+            images = path(todo, position[todo] * share)
+            nearer = problem.norm.distance(images, problem.images[todo]) < best.distance[todo]
+            todo, images = todo[nearer], images[nearer]
+            if not len(todo):
+                break
+            met = torch.ones_like(nearer[nearer]) if asked is problem else problem.rows(todo).met(images)
+            best.update(todo, images, met)
+            todo = todo[~met]
+    return best.proposals()
 
 
 def _limit(problem: Problem, best: Best, path: Path, grid: list[float]) -> Tensor:
