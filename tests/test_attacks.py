@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Goal, Problem, draw_normal, generators
+from absynth.attacks.base import Goal, Problem, Proposals, draw_normal, generators
 from absynth.attacks.binary import Thresholded, across_threshold
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.catalog import ATTACKS, SUITES, information, iterated, lookup
@@ -203,6 +203,29 @@ def test_groups_save_queries_against_one_pixel_at_a_time() -> None:
     (result,) = run_procedures(task, [reset_pixels(clean[0], clean[0] + 1, np.random.default_rng(0))], [0], chunk=8)
     assert result is not None and result.flatten().nonzero().squeeze(1).tolist() == [3, 77, 150, 200]
     assert counted.forward.item() < 80
+
+
+def test_a_walk_from_an_island_is_begun_anew_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = problem(3)
+    island = (task.images + 0.3).clamp(max=1)  # adversarial, and nothing around it is
+
+    def classifier(images: Tensor) -> Tensor:
+        logits, there = MODEL(images), (images[:, None] - island).flatten(2).norm(dim=2).amin(1) < 1e-3
+        return torch.where(there[:, None], logits.flip(1), logits)
+
+    def starts(asked: Problem, *, stream: int) -> Proposals:
+        first = Proposals(island, torch.ones(3, dtype=torch.bool))
+        return first if stream == 1000 else starting_points(asked, stream=stream)
+
+    assert not task.met(island).any() and replace(task, classifier=classifier).met(island).all()
+    plain = Boundary(steps=1600, converged=1e-4)(MODEL, task.images, task.goal, task.seeds)
+    monkeypatch.setattr("absynth.attacks.decision.starting_points", starts)
+    stuck, anew = (
+        Boundary(steps=1600, converged=1e-4, starts=count)(classifier, task.images, task.goal, task.seeds)
+        for count in (1, 2)
+    )
+    assert (L2.distance(stuck.images, island) < 2e-3).all()
+    assert (L2.distance(anew.images, task.images) < 1.1 * L2.distance(plain.images, task.images)).all()
 
 
 # Wrappers

@@ -27,7 +27,8 @@ class Boundary(Attack):
     A candidate is kept when it is adversarial and nearer. Each image adapts its own two step sizes: the ``sphere`` step
     to half of the steps on the sphere staying adversarial (asked every tenth step), the ``source`` step to a fifth of
     all candidates being kept. An image is done when its source step falls below ``converged``. Both steps are relative
-    to the distance.
+    to the distance. A walk that is done within a quarter of its steps is stuck, as on a blend that is adversarial
+    where none around it is: the image gets another start, from other noise, ``starts`` in all.
     """
 
     steps: int = 5000
@@ -35,6 +36,7 @@ class Boundary(Attack):
     toward: float = 0.01
     adaptation: float = 1.5
     converged: float = 1e-7
+    starts: int = 3
     norm: Norm = field(default=L2, repr=False)
 
     family = "boundary"
@@ -42,17 +44,32 @@ class Boundary(Attack):
     knowledge = "decision"
     source = "Brendel et al. 2018, arXiv 1712.04248"
     deterministic = False
-    queries = "up to 5,600 predictions"
+    queries = "up to 5,600 predictions, and some 1,000 for each walk that is stuck"
     in_small_steps = False  # what is followed to is asked again, cold, now and then
 
     def search(self, problem: Problem) -> Proposals:
-        start = toward_clean(problem, starting_points(problem), steps=10)
+        nearest = Best(problem)
+        todo = torch.arange(len(problem), device=problem.images.device)
+        for attempt in range(self.starts):
+            if not len(todo):
+                break
+            part = problem.rows(todo)
+            start = toward_clean(part, starting_points(part, stream=1000 + attempt), steps=10)
+            found, taken = self._walk(part, start, attempt)
+            reached = found.distance.isfinite()
+            nearest.update(todo, found.images, reached)
+            todo = todo[reached & (found.distance > 0) & (taken < self.steps // 4)]
+        return nearest.proposals()
+
+    def _walk(self, problem: Problem, start: Proposals, stream: int) -> tuple[Best, Tensor]:
+        """Where walks from ``start`` lead, and how many steps (B,) each took."""
         best = Best(problem)
         todo = start.found.nonzero().squeeze(1)
         best.update(todo, start.images[todo], start.found[todo])
-        sources = generators(problem.seeds)
+        sources = generators(problem.seeds, stream)
         sphere = torch.full_like(best.distance, self.sphere)
         toward = torch.full_like(best.distance, self.toward)
+        taken = todo.new_zeros(len(problem))
         on_sphere = _Rate(best.distance, window=10)
         kept = _Rate(best.distance, window=30)
         walk = followed(problem)
@@ -76,10 +93,11 @@ class Boundary(Attack):
                 sure.confirm(walk, kept.below(0.1))
             toward = kept.adapt(toward, 0.1, 0.25, self.adaptation)
             kept.forget_full()
+            taken[todo] = step + 1
             todo = todo[(toward[todo] > self.converged) & (best.distance[todo] > 0)]
         if sure is not None:
             sure.confirm(walk, sure.pending.nonzero()[:, 0])
-        return best.proposals()
+        return best, taken
 
     def _step(self, clean: Tensor, x: Tensor, noise: Tensor, sphere: Tensor, toward: Tensor) -> tuple[Tensor, Tensor]:
         """A point on the sphere through x around clean, and that point moved toward clean; both (n,C,H,W) in [0,1]."""
@@ -100,8 +118,8 @@ class Boundary(Attack):
 class _Sure:
     """What of a walk that is followed holds when it is asked about cold, now and then, and what to go back to.
 
-    An image's walk is asked about after so many kept steps: twice as many as before where it held, up to ``MOST``, half
-    as many where it did not, and then it goes back to where it last did.
+    An image's walk is asked about after so many kept steps: one more than before where it held, up to ``MOST``, after
+    the very next where it did not, and then it goes back to where it last did.
     """
 
     MOST = 16
