@@ -23,9 +23,10 @@ def test_results_come_in_the_order_of_the_parts(threads: int) -> None:
     assert side_by_side(lambda part: part * part, range(10)) == [part * part for part in range(10)]
 
 
-def test_each_part_has_one_core_and_the_caller_keeps_its_own(threads: int) -> None:
-    seen = side_by_side(lambda _: torch.get_num_threads(), range(6))
-    assert seen == [1] * 6
+@pytest.mark.parametrize("count", [1, 6])
+def test_each_part_has_one_core_and_the_caller_keeps_its_own(threads: int, count: int) -> None:
+    seen = side_by_side(lambda _: torch.get_num_threads(), range(count))
+    assert seen == [1] * count
     assert torch.get_num_threads() == threads
     later: list[int] = []
     thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))

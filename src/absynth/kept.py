@@ -53,14 +53,19 @@ def _restored(decoders: Sequence[FoldedDecoder], latents: Tensor, beta: float, f
         kept = read(file)
         if kept.header["beta"] != beta:
             return None
-        found = []
-        for number, (decoder, own) in enumerate(zip(decoders, latents, strict=True)):
+
+        def one_class(number: int) -> Candidates:
             derived = {name: kept.tensors[f"{number}.{name}"] for name in Candidates.DERIVED}
-            one = Candidates(decoder, own, beta, derived)
-            sample = torch.linspace(0, len(own) - 1, SAMPLES).long()
-            if not torch.allclose(decoder(own[sample]), one.points[sample], atol=CLOSE, rtol=0):
-                return None
-            found.append(one)
+            return Candidates(decoders[number], latents[number], beta, derived)
+
+        found = [one_class(number) for number in range(len(decoders))]
+        fits = side_by_side(lambda pair: _fits(*pair), list(zip(decoders, found, strict=True)))
     except (InputError, KeyError, ValueError, RuntimeError):
         return None
-    return found
+    return found if all(fits) else None
+
+
+def _fits(decoder: FoldedDecoder, one: Candidates) -> bool:
+    """Whether some candidates, decoded again, are as they were kept."""
+    sample = torch.linspace(0, len(one.latents) - 1, SAMPLES).long()
+    return torch.allclose(decoder(one.latents[sample]), one.points[sample], atol=CLOSE, rtol=0)

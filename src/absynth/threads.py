@@ -22,17 +22,20 @@ def side_by_side(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[
     The results do not depend on the number of threads. Gradients are not recorded.
     """
     waiting, threads = list(parts), torch.get_num_threads()
-    if threads == 1 or len(waiting) < 2:
-        with torch.no_grad():
-            return [work(part) for part in waiting]
 
     def alone(part: Part) -> Result:
-        torch.set_num_threads(1)  # of the calling thread only
+        if threads > 1:
+            torch.set_num_threads(1)  # of the calling thread only
         with torch.no_grad():
             return work(part)
 
     try:
+        if threads == 1 or len(waiting) < 2:
+            # One part, too: shared among the threads it is hardly faster, and where another program has a core, fifty
+            # times slower, since they wait for one another in every operation.
+            return [alone(part) for part in waiting]
         with ThreadPoolExecutor(min(threads, len(waiting))) as pool:
             return list(pool.map(alone, waiting))
     finally:
-        torch.set_num_threads(threads)  # what threads that start later begin with
+        if threads > 1:
+            torch.set_num_threads(threads)  # what threads that start later begin with
