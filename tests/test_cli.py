@@ -102,6 +102,18 @@ def test_page_is_current() -> None:
     assert namespace["page"]() == (ROOT / "docs" / "cli.md").read_text(), "run: python docs/cli_page.py"
 
 
+@pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_sleep_while_they_wait(own: str | None, expected: str) -> None:
+    """Set before PyTorch is imported, which is when it is read; what the user has set stays."""
+    program = "import atexit, os; atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules))"
+    program += "; import sys; from absynth.cli import main; main()"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"PYTHONPATH": str(ROOT / "src")} | ({} if own is None else {"OMP_WAIT_POLICY": own})
+    command = [sys.executable, "-c", program, "--version"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600).stdout
+    assert shown.splitlines()[-1] == f"{expected} False"
+
+
 def test_light_imports() -> None:
     """`--help` imports no PyTorch; `classify` nothing that only figures, training or attacks need."""
     heavy = "{'torch', 'rich', 'matplotlib', 'sklearn', 'scipy', 'foolbox', 'PIL'}"
