@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 import absynth
+from absynth import data
 from absynth.clean import measure
 from absynth.cli import evaluation
+from absynth.errors import InputError
 
 
 def test_measure_exactly() -> None:
@@ -26,6 +30,28 @@ def test_measure_exactly() -> None:
     assert found.refused is None
     with pytest.raises(absynth.InputError, match="2 classes"):
         measure(classifier, images, torch.tensor([0, 0, 1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x.flatten(1)[:, 0], r"returned shape \(4,\) for 4 images: expected logits \(4, K\)"),
+        (lambda x: x.flatten(1)[:1], r"returned shape \(1, 784\) for 4 images"),
+        (lambda x: (x.flatten(1),), "returned a tuple for 4 images"),
+        (lambda x: torch.where(torch.arange(4)[:, None] == 2, torch.nan, x.flatten(1)), "returned NaN for 1 of 4"),
+        (
+            lambda x: x.flatten(1) @ x.flatten(1),
+            r"raised RuntimeError: .* on images \(4, 1, 28, 28\): it has to",
+        ),
+    ],
+    ids=["one-number", "one-row", "tuple", "nan", "raises"],
+)
+def test_a_model_whose_answers_are_no_logits_is_named_and_not_measured(
+    answer: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    images, labels = data.load("digits", "test")
+    with pytest.raises(InputError, match=message):
+        measure(answer, images[:4], labels[:4])
 
 
 def test_what_takes_days_is_attacked_only_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

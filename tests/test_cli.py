@@ -369,7 +369,7 @@ def test_quickstart_falls_back(run: Run, weights: Path, tmp_path: Path, monkeypa
     for name in zoo.names():
         assert name in result.out
         assert f">{name}<" in page
-    assert "the first 1 test images, attacked" in result.out
+    assert "the first 1 test images under one attack a norm, every figure an upper bound" in result.out
     assert len(list((tmp_path / "tour").glob("run-digits-*/report.html"))) == 1
     assert page.count("data:image/png;base64,") == 4
     assert "$" not in page

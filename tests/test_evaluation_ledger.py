@@ -93,6 +93,21 @@ def test_merging_keeps_the_rows_of_both(tmp_path: Path) -> None:
         assert len(ledger.rows("m")) == 2
 
 
+def test_folders_of_runs_are_merged_whole_or_nothing_is_made(tmp_path: Path) -> None:
+    for model in ("a", "b"):
+        filled(tmp_path / "runs" / model, [replace(ROW, model=model)])
+    filled(tmp_path / "more" / "c", [replace(ROW, model="c")])
+    with pytest.raises(InputError, match="no evaluation in"):
+        merge_ledgers([tmp_path / "runs", tmp_path / "none"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=r"runs holds a run in .*a: give another folder, or that one"):
+        merge_ledgers([tmp_path / "more"], tmp_path / "runs")
+    assert not (tmp_path / "runs" / FILE_NAME).exists()
+    merge_ledgers([tmp_path / "runs", tmp_path / "more"], tmp_path / "out")
+    with Ledger(tmp_path / "out") as ledger:
+        assert [len(ledger.rows(model)) for model in ("a", "b", "c")] == [1, 1, 1]
+
+
 def test_merging_different_data_is_refused(tmp_path: Path) -> None:
     first, second = filled(tmp_path / "a", [ROW]), filled(tmp_path / "b", [ROW], data="mnist")
     with pytest.raises(InputError, match="holds an evaluation with data 'digits', this one has 'mnist'"):

@@ -138,6 +138,8 @@ def broken(tmp_path, kind):
         path.write_bytes(path.read_bytes()[:500])
     elif kind == "blank":
         save(path, np.full((60, 40), 0.7))
+    elif kind == "blank, framed":
+        save(path, np.full((28, 28), 0.7))
     elif kind == "transparent":
         save(path, np.zeros((60, 40, 4)))
     elif kind == "nan":
@@ -158,6 +160,7 @@ def broken(tmp_path, kind):
         ("empty", "not a picture"),
         ("truncated", "cannot read"),
         ("blank", "blank"),
+        ("blank, framed", "blank"),
         ("transparent", "blank"),
         ("nan", "NaN"),
         ("huge", "too many pixels"),

@@ -45,11 +45,35 @@ class Clean:
 def answers(model: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, Tensor]:
     """Images (B,C,S,S) -> labels (B,) and p(class | image) (B,K), float64: the model's ``posterior``, or the softmax.
 
-    The label is that of the largest logit: the posterior of an image that nothing explains may be uniform.
+    The label is that of the largest logit: the posterior of an image that nothing explains may be uniform. Raises
+    InputError for a model that fails, or whose answers are no logits.
     """
-    logits = model(images).double()
+    logits = _logits(model, images).double()
     posterior: Any = getattr(model, "posterior", None)
     return logits.argmax(1), logits.softmax(1) if posterior is None else posterior(logits)
+
+
+def _logits(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What the model answers, if these are logits (B,K)."""
+    try:
+        logits = model(images)
+    except InputError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"the model raised {text} on images {tuple(images.shape)}: it has to answer float32 images (B,C,H,W) in "
+            "[0,1] with logits (B,K)"
+        ) from error
+    expected = f"expected logits ({len(images)}, K) with K at least 2"
+    if not isinstance(logits, Tensor):
+        raise InputError(f"the model returned a {type(logits).__name__} for {len(images)} images: {expected}")
+    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
+        raise InputError(f"the model returned shape {tuple(logits.shape)} for {len(images)} images: {expected}")
+    bad = int(logits.isnan().any(1).sum())
+    if bad:
+        raise InputError(f"the model returned NaN for {bad} of {len(images)} images: {expected}, all of them numbers")
+    return logits
 
 
 def measure(

@@ -47,6 +47,8 @@ def load_picture(path: str | Path | BinaryIO, image_size: int = 28, *, most_pixe
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])  # (2·height + 2·width, 3)
     paper = np.median(border, axis=0)
     if gray and (height, width) == (image_size, image_size):
+        if rgb.max() - rgb.min() < LEAST_CONTRAST:
+            raise InputError(f"{named} is blank: all of it is of one gray; give a picture of one digit")
         framed = torch.from_numpy(rgb[:, :, 0].copy())[None]
         return 1 - framed if paper[0] > 0.5 else framed
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from absynth.evaluation import Summary
 
 Data = Annotated[str, typer.Option(help="Data set, or a folder of pictures.")]
+ROWS = "all finished rows are"  # what an interrupted run has kept
 Seed = Annotated[int, typer.Option(help="Seed of all randomness.")]
 
 
@@ -81,7 +82,7 @@ def evaluate(
 
     if line := what_is_kept(out):
         note(line)
-    with kept(_goes_on(out)), progress("attacking") as report:
+    with kept(ROWS, out), progress("attacking") as report:
         summary = evaluate_models(
             models, data, suite=attacks, norms=norms.split(","), images=100 if images is None else images, out=out,
             seed=seed, weights=weights, root=root, progress=report, cluster=cluster, device=device,
@@ -120,7 +121,7 @@ def certify(
     from absynth.evaluation import certified_union
     from absynth.reproduction import certify_model
 
-    with kept(_goes_on(out)), progress("certifying") as report:
+    with kept(ROWS, out), progress("certifying") as report:
         found = certify_model(
             model, data, norms=norm or ("l0", "l1", "l2", "linf"), images=images, out=out, radius=radius,
             estimates=estimates, weights=weights, root=root, progress=report,
@@ -170,7 +171,7 @@ def distal(
     models = model or _at_hand(weights, root, cheap=True)
     from absynth.reproduction import distal_images
 
-    with kept("nothing was written; run the same command again"), progress("distal images") as report:
+    with kept("nothing"), progress("distal images") as report:
         found = distal_images(
             models, out, dataset=data, target=target, count=count, steps=steps, seed=seed, weights=weights, root=root,
             progress=report,
@@ -219,7 +220,7 @@ def reproduce(
 
     if line := what_is_kept(out):
         note(line)
-    with kept(_goes_on(out)), progress("reproducing") as report:
+    with kept(ROWS, out), progress("reproducing") as report:
         files = run(
             models, out, dataset=data, images=images, suite=suite, seed=seed, weights=weights, root=root,
             progress=report, cluster=cluster, device=device,
@@ -228,10 +229,6 @@ def reproduce(
         emit({key: str(path) for key, path in asdict(files).items()})
     else:
         print(f"{files.html}\n{files.csv}\n{files.markdown}")
-
-
-def _goes_on(out: Path) -> str:
-    return f"all finished rows are kept in {out}; the same command goes on from there"
 
 
 def _at_hand(weights: Path | None, root: Path | None, *, cheap: bool) -> list[str]:

@@ -88,8 +88,7 @@ def train(
     from absynth.weight_files import read
 
     check_trainable(name, out)
-    resume = f"what was trained is kept in {out / (name + '.training')}; the same command goes on from there"
-    with kept(resume), progress(f"training {name}") as report:
+    with kept("what was trained is", out / f"{name}.training"), progress(f"training {name}") as report:
         path = run(name, data, out=out, seed=seed, root=root, effort=effort, progress=report, device=device)
     header = read(path).header
     if json:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 Report = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
@@ -16,12 +17,14 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def kept(message: str) -> Iterator[None]:
-    """Turn Ctrl-C within the block into ``Stopped`` with this message."""
+def kept(what: str, where: Path | None = None) -> Iterator[None]:
+    """Turn Ctrl-C within the block into ``Stopped``: ``what`` is kept in ``where``, if that is there by then."""
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped(message) from None
+        if where is None or not where.exists():
+            raise Stopped("nothing had been finished; run the same command again") from None
+        raise Stopped(f"{what} kept in {where}; the same command goes on from there") from None
 
 
 def note(line: str) -> None:

@@ -28,7 +28,7 @@ def quickstart(
     Attacks four of them, and writes a page that shows how ABS explains an image, and the report of the attacks.
     """
     note("loading")
-    with kept(f"what was trained is kept in {out}; the same command goes on from there"):
+    with kept("what was trained and attacked is", out):
         from absynth.quickstart import run
 
         tour = run(out, images=images, noise_images=noise, attacked=attacked, root=root, bar=progress, say=note)
@@ -60,6 +60,6 @@ def quickstart(
     if tour.attacked is not None:
         # a run that went on from an earlier quickstart may hold more images than were asked for now
         count = max((cell.all.images for one in tour.attacked.models for cell in one.norms.values()), default=0)
-        print(f"the first {count} test images, attacked; all attacks and adversarials: {tour.report}")
+        print(f"the first {count} test images under one attack a norm, every figure an upper bound: {tour.report}")
         show_attacked(tour.attacked)
     print(f"how ABS explains an image: {tour.page}")

@@ -327,14 +327,19 @@ class Ledger:
 
 
 def merge_ledgers(sources: Sequence[str | Path], target: str | Path) -> None:
-    """Put the rows of all ``sources`` (run folders) into the ledger of ``target``, made if missing; of equal keys the
-    first.
+    """Put the rows of all ``sources`` (run folders, or folders of them) into the ledger of ``target``, made if missing;
+    of equal keys the first.
 
-    Raises InputError when they are about different data.
+    Raises InputError when a source holds no ledger, when they are about different data, and for a target with run
+    folders of its own below it.
     """
+    places = ledger_folders(sources)
+    below = [place for place in _ledger_folders_below(Path(target)) if place.resolve() != Path(target).resolve()]
+    if below:
+        raise InputError(f"{target} holds a run in {below[0]}: give another folder, or that one")
     with Ledger(target, write=True) as merged:
-        for source in sources:
-            if Path(source).resolve() == Path(target).resolve():
+        for source in places:
+            if source.resolve() == Path(target).resolve():
                 continue
             with Ledger(source) as other:
                 merged.merge_from(other)
