@@ -127,6 +127,18 @@ def digits() -> nn.Module:
     return Linear(pixels=784, classes=10)
 
 
+class Silent(Linear):
+    """Answers NaN, whatever it is asked."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * torch.nan
+
+
+def silent() -> nn.Module:
+    """A factory for the embedded digits of a model that answers NaN."""
+    return Silent(pixels=784, classes=10)
+
+
 def no_module() -> str:
     """A factory that is none."""
     return "nothing"

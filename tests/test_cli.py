@@ -102,6 +102,19 @@ def test_page_is_current() -> None:
     assert namespace["page"]() == (ROOT / "docs" / "cli.md").read_text(), "run: python docs/cli_page.py"
 
 
+@pytest.mark.parametrize(
+    ("attacks", "message"), [("none", "returned NaN for 3 of 3"), ("fgm", "no image got an answer")]
+)
+def test_a_model_that_answers_nothing_is_an_error(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attacks: str, message: str
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    options = ("--data", "digits", "--images", 3, "--norms", "l2", "--attacks", attacks, "--out", tmp_path / "run")
+    result = run("evaluate", "--model", "evaluation_models:silent", *options)
+    assert result.code == 2
+    assert result.err.splitlines()[-1].startswith("error: evaluation_models:silent: ") and message in result.err
+
+
 @pytest.mark.parametrize(("own", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
 def test_threads_sleep_while_they_wait(own: str | None, expected: str) -> None:
     """Set before PyTorch is imported, which is when it is read; what the user has set stays."""

@@ -139,7 +139,10 @@ def measure_models(
             if progress is not None:
                 progress(number * total + done, len(classifiers) * total, name)
 
-        found[name] = measure(classifier, pictures[chosen], labels[chosen], progress=report)
+        try:
+            found[name] = measure(classifier, pictures[chosen], labels[chosen], progress=report)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
     return found
 
 

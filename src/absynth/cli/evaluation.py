@@ -92,6 +92,12 @@ def evaluate(
     else:
         show_attacked(summary)
         print(f"the rows are in {out}: absynth report {out}, absynth verify {out}")
+    silent = [one.name for one in summary.models if one.norms and not any(n.all.images for n in one.norms.values())]
+    if silent:
+        raise InputError(
+            f"{', '.join(silent)}: no image got an answer that counts; {out} says of each what was wrong: mend the "
+            "model, and run again into another folder"
+        )
 
 
 def certify(
