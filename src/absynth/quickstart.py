@@ -194,11 +194,23 @@ def _page(tour: Tour, noise_images: int, refused: bool) -> str:
         noise_images=noise_images,
         verdict="no class explains it, and ABS says so" if refused else "ABS still names a class",
         rows="\n".join(rows),
+        attacked=_link(tour),
         **{
             f"{figure}_{shade}": base64.b64encode(tour.page.with_name(f"{figure}-{shade}.png").read_bytes()).decode()
             for figure in ("digit", "shuffled")
             for shade in ("light", "dark")
         },
+    )
+
+
+def _link(tour: Tour) -> str:
+    """Where the page tells of the attacks; nothing where there were none."""
+    if tour.report is None:
+        return ""
+    place = html.escape(tour.report.relative_to(tour.page.parent).as_posix())
+    return (
+        f'<h2>Under attack</h2>\n<p><a href="{place}">The report</a>: four models, one attack a norm, what it found. '
+        "Every figure there is an upper bound; more and other attacks find nearer adversarials.</p>\n"
     )
 
 

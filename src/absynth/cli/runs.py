@@ -39,7 +39,8 @@ def verify(run: Runs, weights: Weights = None, root: Root = None, json: Json = F
         emit(found.to_json())
     else:
         for failure in found.failures:
-            print(f"{failure.model}, image {failure.image}, {failure.attack or failure.norm}: {failure.reason}")
+            subject = failure.attack or failure.norm
+            print(f"{failure.model}, image {failure.image}{', ' if subject else ''}{subject}: {failure.reason}")
         for reason in found.unchecked:
             print(f"not checked: {reason}")
         result = "everything holds" if found.holds else f"{len(found.failures)} do not hold"
