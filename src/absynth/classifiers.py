@@ -88,7 +88,8 @@ class ABS(Calibrated):
 
     float32 images (B,C,S,S) in [0,1] -> logits (B,K) = -E_c(x). Raises InputError for anything else. A pure function
     of each image: neither the rest of the batch, nor earlier calls, nor global random state enter (up to rounding,
-    1e-5 in the logits of classes that compete). The gradient is exact, by the envelope theorem: dE_c/dx is
+    1e-5 in the logits of classes that compete; more where a search stands at a fork between two minima, to which few
+    images but adversarials are close). The gradient is exact, by the envelope theorem: dE_c/dx is
     2 (t(x) - G_c(z*)) / N at the minimum z*, and no back-propagation through the search is needed.
 
     With the default schedule, ``forward`` stops at classes that are out of the running (``Schedule.slack``); their
