@@ -53,12 +53,10 @@ def _restored(decoders: Sequence[FoldedDecoder], latents: Tensor, beta: float, f
         kept = read(file)
         if kept.header["beta"] != beta:
             return None
-
-        def one_class(number: int) -> Candidates:
-            derived = {name: kept.tensors[f"{number}.{name}"] for name in Candidates.DERIVED}
-            return Candidates(decoders[number], latents[number], beta, derived)
-
-        found = [one_class(number) for number in range(len(decoders))]
+        found = [
+            Candidates(decoder, own, beta, {name: kept.tensors[f"{number}.{name}"] for name in Candidates.DERIVED})
+            for number, (decoder, own) in enumerate(zip(decoders, latents, strict=True))
+        ]
         fits = side_by_side(lambda pair: _fits(*pair), list(zip(decoders, found, strict=True)))
     except (InputError, KeyError, ValueError, RuntimeError):
         return None

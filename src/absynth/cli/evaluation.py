@@ -92,7 +92,8 @@ def evaluate(
     else:
         show_attacked(summary)
         print(f"the rows are in {out}: absynth report {out}, absynth verify {out}")
-    silent = [one.name for one in summary.models if one.norms and not any(n.all.images for n in one.norms.values())]
+    asked = [one for one in summary.models if one.name in models]  # the folder may hold others, of earlier runs
+    silent = [one.name for one in asked if one.norms and not any(n.all.images for n in one.norms.values())]
     if silent:
         raise InputError(
             f"{', '.join(silent)}: no image got an answer that counts; {out} says of each what was wrong: mend the "
@@ -177,7 +178,7 @@ def distal(
     models = model or _at_hand(weights, root, cheap=True)
     from absynth.reproduction import distal_images
 
-    with kept("nothing"), progress("distal images") as report:
+    with kept(), progress("distal images") as report:
         found = distal_images(
             models, out, dataset=data, target=target, count=count, steps=steps, seed=seed, weights=weights, root=root,
             progress=report,

@@ -17,7 +17,7 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def kept(what: str, where: Path | None = None) -> Iterator[None]:
+def kept(what: str = "", where: Path | None = None) -> Iterator[None]:
     """Turn Ctrl-C within the block into ``Stopped``: ``what`` is kept in ``where``, if that is there by then."""
     try:
         yield
