@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+
+from command_line import Result, Run
 
 # A runner in the background may ignore Ctrl-C, and the commands that the tests interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -48,3 +52,40 @@ def mnist_test() -> Split:
 def generator() -> Callable[[int], torch.Generator]:
     """A seeded generator: ``generator(3)``."""
     return lambda seed=0: torch.Generator().manual_seed(seed)
+
+
+# For commands
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small models of every name, which are right about nothing."""
+    from small_models import write_all
+
+    return write_all(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    from absynth import data
+    from small_models import save_picture
+
+    folder = tmp_path_factory.mktemp("pictures")
+    images, _ = data.load("digits", "test")
+    return [save_picture(folder / f"{number}.png", images[number]) for number in range(2)]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process."""
+
+    from absynth.cli import main
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["absynth", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return Result(int(ended.value.code or 0), *capsys.readouterr())
+
+    return call

@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-from PIL import Image
 
 import absynth
 from absynth import data, weight_files, zoo
-from absynth.cli import app, main
-from small_models import save_picture, write_all
+from absynth.cli import app
+from command_line import Run, assert_error, document
 
 ROOT = Path(__file__).parent.parent
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_all(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
-    images, _ = data.load("digits", "test")
-    return [save_picture(folder / f"{number}.png", images[number]) for number in range(2)]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command in this process."""
-
-    def call(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["absynth", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return Result(int(ended.value.code or 0), *capsys.readouterr())
-
-    return call
 
 
 def shell(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -62,23 +24,6 @@ def shell(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), **options.pop("env", {})}
     command = [sys.executable, "-c", "from absynth.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, env=environment, text=True, timeout=600, **{"capture_output": True, **options})
-
-
-def document(result: Result) -> Any:
-    """The one JSON document on stdout."""
-    assert result.code == 0, result.err
-    return json.loads(result.out)
-
-
-def assert_error(result: Result, *expected: str) -> None:
-    """One line, exit code 2, nothing on stdout."""
-    assert result.code == 2
-    assert result.out == ""
-    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert lines[0] == result.err.splitlines()[-1]
-    for text in expected:
-        assert text in lines[0]
 
 
 # The program as a whole
@@ -227,81 +172,6 @@ def test_models_missing(run: Run, tmp_path: Path) -> None:
     assert "absynth train cnn" in result.err
 
 
-# classify
-
-
-def test_classify(run: Run, weights: Path, pictures: list[Path]) -> None:
-    found = document(run("classify", *pictures, "--weights", weights, "--json"))
-    model = zoo.load("abs", folder=weights)
-    for picture, one in zip(pictures, found["images"], strict=True):
-        analysis = model.analyze(data.load_picture(picture)[None])
-        assert one["file"] == str(picture)
-        assert one["label"] == str(int(analysis.labels))
-        assert list(one["energies"]) == [str(digit) for digit in range(10)]
-        assert list(one["energies"].values()) == pytest.approx(analysis.energies[0].tolist(), rel=1e-4)
-        assert one["probability"] == one["probabilities"][one["likeliest"]]
-    text = run("classify", pictures[0], "--weights", weights).out
-    assert text.startswith(f"{pictures[0]}: {found['images'][0]['label']}, probability ")
-    assert text.count(":") >= 11
-
-
-def test_classify_without_analysis(run: Run, weights: Path, pictures: list[Path]) -> None:
-    (one,) = document(run("classify", pictures[0], "--model", weights / "cnn.safetensors", "--json"))["images"]
-    expected = zoo.load("cnn", folder=weights)(data.load_picture(pictures[0])[None]).softmax(1)[0]
-    assert one["energies"] is None
-    assert list(one["probabilities"].values()) == pytest.approx(expected.tolist(), rel=1e-4)
-
-
-def test_classify_refuses(run: Run, tmp_path: Path, pictures: list[Path]) -> None:
-    folder = write_all(tmp_path, refusal=1.0)
-    assert "no digit: nothing explains this image" in run("classify", pictures[0], "--weights", folder).out
-    (one,) = document(run("classify", pictures[0], "--weights", folder, "--json"))["images"]
-    assert one["label"] is None
-    assert one["likeliest"] in "0123456789"
-
-
-def test_explain(run: Run, weights: Path, pictures: list[Path], tmp_path: Path) -> None:
-    result = run("classify", pictures[0], "--weights", weights, "--explain", tmp_path / "new" / "why.png")
-    assert result.code == 0
-    assert "explained in" in result.err
-    with Image.open(tmp_path / "new" / "why.png") as figure:
-        assert figure.width > figure.height > 500
-        assert len(figure.convert("L").getcolors(1 << 16)) > 50
-    document(run("classify", *pictures, "--weights", weights, "--explain", tmp_path / "why.svg", "--json"))
-    assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["why-1.svg", "why-2.svg"]
-    assert (tmp_path / "why-1.svg").read_bytes() != (tmp_path / "why-2.svg").read_bytes()
-
-
-def test_classify_errors(run: Run, weights: Path, pictures: list[Path], tmp_path: Path) -> None:
-    at = ("--weights", weights)
-    text = tmp_path / "note.png"
-    text.write_text("not a picture")
-    assert_error(run("classify", pictures[0], text, *at), str(text), "not a picture")
-    assert_error(run("classify", tmp_path / "none.png", *at), "none.png")
-    assert_error(run("classify", pictures[0], "--model", "abss", *at), "'abss'", "did you mean abs")
-    assert_error(run("classify", pictures[0], "--model", "none.safetensors"), "no weight file at none.safetensors")
-    assert_error(run("classify", pictures[0], "--weights", tmp_path), "absynth train abs")
-    explain = (run, "classify", pictures[0], *at, "--explain")
-    assert_error(run("classify", pictures[0], "--model", "cnn", *at, "--explain", tmp_path / "a.png"), "no analysis")
-    assert_error(explain[0](*explain[1:], tmp_path / "why.txt"), "why.txt", ".png")
-    assert_error(explain[0](*explain[1:], text / "why.png"), "cannot write into", "note.png")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "tampered", "another file"])
-def test_damaged_weights(run: Run, weights: Path, pictures: list[Path], tmp_path: Path, damage: str) -> None:
-    content = bytearray((weights / "cnn.safetensors").read_bytes())
-    if damage == "truncated":
-        content = content[: len(content) // 2]
-    elif damage == "tampered":
-        content[-5] ^= 0x10
-    else:
-        content = bytearray(b"something else entirely")
-    (tmp_path / "cnn.safetensors").write_bytes(content)
-    result = run("classify", pictures[0], "--model", "cnn", "--weights", tmp_path)
-    assert_error(result, str(tmp_path / "cnn.safetensors"), "replace it by an intact copy")
-    assert "cnn" in run("models", "--weights", tmp_path).err
-
-
 # evaluate --attacks none
 
 
@@ -330,6 +200,7 @@ def test_evaluate_errors(run: Run, weights: Path, tmp_path: Path) -> None:
     assert_error(run(*options, "--images", 501), "501", "500")
     assert_error(run(*options, "--images", 0), "images is 0")
     assert_error(run("evaluate", "--data", "digit", "--weights", weights), "did you mean digits")
+    assert_error(run(*options, "--norms", "l2,l7"), "unknown norm 'l7'")
     assert_error(run(*options, "--model", "no_such_module:make"), "no_such_module")
     assert_error(run("evaluate", "--data", "digits", "--weights", tmp_path), "absynth train abs")
     assert_error(run(*options, "--model", "cnn", "--attacks", "strng", "--out", tmp_path), "did you mean strong")
@@ -408,12 +279,13 @@ def test_fault_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(result.err.splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", ["gpu0", "meta"])
 @pytest.mark.parametrize("command", [("train", "cnn"), ("evaluate",), ("evaluate", "--suite", "quick"), ("reproduce",)])
 def test_a_device_that_is_not_there_is_one_line(
-    run: Run, weights: Path, tmp_path: Path, command: tuple[str, ...]
+    run: Run, weights: Path, tmp_path: Path, command: tuple[str, ...], name: str
 ) -> None:
     place = ("--out", tmp_path / "out")
     model = () if command[0] == "train" else ("--model", "cnn", "--weights", weights)
-    found = run(*command, *model, "--data", "digits", *place, "--device", "gpu0")
-    assert found.code == 2 and found.out == "" and "'gpu0'" in found.err and "use cpu" in found.err
+    found = run(*command, *model, "--data", "digits", *place, "--device", name)
+    assert found.code == 2 and found.out == "" and f"'{name}'" in found.err and "use cpu" in found.err
     assert "Traceback" not in found.err

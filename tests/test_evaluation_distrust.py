@@ -15,7 +15,7 @@ import evaluation_models as models
 from absynth.attacks.base import Attack, Problem, Proposals
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.gradient import DeepFool, FastGradient
-from absynth.evaluation import Ledger, model_digest, verify
+from absynth.evaluation import Ledger, model_digest, report, verify
 from absynth.evaluation.doubts import plant, planted_doubts, with_half_steps
 from absynth.evaluation.judge import judge
 from absynth.norms import L0, L2, LINF
@@ -66,7 +66,14 @@ def test_one_bad_image_is_marked_and_the_rest_goes_on(tmp_path: Path, what: str)
     cell = summary["net"].norms["l2"].attacks["boundary-projection-l2"]
     assert (cell.images, cell.errors) == (7, 1)
     assert any(doubt.code == "errors" for doubt in summary["net"].doubts)
-    assert verify(tmp_path, models={"net": Bad(what)}).holds
+    again = verify(tmp_path, models={"net": Bad(what)})
+    assert again.holds and (again.rows, again.errors) == (32, 4)
+
+
+def test_a_report_on_errors_alone_draws_no_curve(tmp_path: Path) -> None:
+    run(tmp_path / "run", Bad("wrong shape"))
+    page = report(tmp_path / "run", out=tmp_path / "page").html.read_text()  # warnings are errors here
+    assert "(errors only)" in page
 
 
 def test_errors_are_tried_again_on_request(tmp_path: Path) -> None:

@@ -122,6 +122,15 @@ def test_no_ledger(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_runs_of_others_deeper_below_are_not_taken(tmp_path: Path) -> None:
+    for name in ("run/abs", "run/cnn", "run/abs/old"):
+        filled(tmp_path / name, [ROW])
+    assert ledger_folders([tmp_path / "run"]) == [tmp_path / "run" / "abs", tmp_path / "run" / "cnn"]
+    assert rows_at_hand(tmp_path) == 0
+    with pytest.raises(InputError, match=f"no evaluation in {tmp_path} itself: name the run, {tmp_path / 'run'}$"):
+        ledger_folders([tmp_path])
+
+
 @pytest.mark.parametrize("statement", ["", "PRAGMA journal_mode = WAL"])
 def test_a_run_that_ended_while_it_made_its_ledger(tmp_path: Path, statement: str) -> None:
     (tmp_path / FILE_NAME).touch()

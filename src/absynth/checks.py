@@ -57,8 +57,8 @@ def usable_device(name: str | torch.device) -> torch.device:
     """The device of this name, e.g. "cpu" or "cuda". Raises InputError for one that is not there."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # the device "meta" has room for nothing, and so no item
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}): use cpu, or cuda where there is a GPU"
         ) from error

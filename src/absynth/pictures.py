@@ -109,6 +109,8 @@ def _read_rgb(source: Path | BinaryIO, named: str, most_pixels: int) -> NDArray[
         raise InputError(f"{named} is not a picture: give a PNG, JPEG, GIF, BMP, TIFF or WebP file") from error
     except FileNotFoundError as error:
         raise InputError(f"no picture at {named}: check the path") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{named} is a folder, not a picture: name the files in it, {named}/*.png for one") from error
     except (OSError, ValueError, SyntaxError) as error:  # Pillow reports broken files with all three
         raise InputError(f"cannot read the picture {named} ({error}): save it again as PNG") from error
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from absynth import data, weight_files, zoo
 from absynth.certificates import HasPrototypes, certified_radii
@@ -44,11 +45,13 @@ def classify_pictures(
     *,
     weights: str | Path | None = None,
     explain: str | Path | None = None,
+    unreadable: Callable[[InputError], None] | None = None,
 ) -> list[Verdict]:
     """Classify picture files with the model of this name, from the folder ``weights``, or of this weight file.
 
     ``explain`` names the figure to draw (several images: numbered, out-1.png, out-2.png). Raises InputError for unknown
     models, damaged weights, files that are no pictures, and for ``explain`` with a model that has no analysis.
+    ``unreadable`` is told of files that are no pictures instead, and the others are classified.
     """
     figures = _figure_files(Path(explain), len(files)) if explain is not None else [None] * len(files)
     classifier = zoo.load(model, folder=weights)
@@ -60,10 +63,9 @@ def classify_pictures(
     size = (
         classifier.image_shape[1] if isinstance(classifier, Calibrated) else int(header["config"].get("image_size", 28))
     )
-    images = torch.stack([data.load_picture(file, size) for file in files])  # (B,1,S,S)
     names: tuple[str, ...] = ()
     found = []
-    for file, image, figure in zip(files, images[:, None], figures, strict=True):
+    for file, image, figure in _readable(files, figures, size, unreadable):
         energies = None
         if isinstance(classifier, Calibrated):
             analysis = classifier.analyze(image)
@@ -97,6 +99,24 @@ def classify_pictures(
                 certified=certified,
             )
         )
+    return found
+
+
+def _readable(
+    files: Sequence[str | Path],
+    figures: Sequence[Path | None],
+    size: int,
+    unreadable: Callable[[InputError], None] | None,
+) -> list[tuple[str | Path, Tensor, Path | None]]:
+    """Each file that is a picture, as (1,1,S,S), with its figure; all are read before the first is classified."""
+    found: list[tuple[str | Path, Tensor, Path | None]] = []
+    for file, figure in zip(files, figures, strict=True):
+        try:
+            found.append((file, data.load_picture(file, size)[None], figure))
+        except InputError as error:
+            if unreadable is None:
+                raise
+            unreadable(error)
     return found
 
 

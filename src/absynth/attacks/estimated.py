@@ -14,6 +14,8 @@ from absynth.attacks.queries import Following, can_follow, rows_of
 from absynth.attacks.wrapping import Wrapping
 from absynth.candidates import chunk_size
 
+PLAIN_CHUNK = 256  # images a network is asked about at once: its activations stay in a CPU's cache then
+
 
 @dataclass(frozen=True)
 class EstimatedGradient:
@@ -102,8 +104,10 @@ class Estimated(Wrapping):
     queries = "as the inner attack, with 1,569 predictions or more for a gradient of 784 pixels"
 
     def search(self, problem: Problem) -> Proposals:
-        classifier = problem.classifier
+        classifier, chunk = problem.classifier, self.chunk
         if can_follow(classifier):  # asked cold at every step; the questions for its gradient start from that answer
             classifier = Following(classifier, len(problem), anew=True)
-        estimated = EstimatedGradient(classifier, self.step_sizes, self.chunk)
+        else:
+            chunk = min(chunk, PLAIN_CHUNK)
+        estimated = EstimatedGradient(classifier, self.step_sizes, chunk)
         return self.attack.search(Problem(estimated, problem.images, problem.goal, problem.seeds, problem.norm))

@@ -66,6 +66,10 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure models, clean or under attack."""
+    from absynth.norms import parse
+
+    for norm in norms.split(","):
+        parse(norm)  # before models are loaded, and where nothing is attacked too
     models = model or _at_hand(weights, root, cheap=attacks != "none")
     if attacks == "none":
         from absynth.clean import measure_models

@@ -10,6 +10,7 @@ import typer
 
 from absynth.cli.options import Json, Weights
 from absynth.cli.output import emit, note
+from absynth.errors import InputError
 
 if TYPE_CHECKING:
     from absynth.verdicts import Verdict
@@ -31,9 +32,13 @@ def classify(
     """Say which digit a picture shows, and why."""
     from absynth.verdicts import classify_pictures
 
-    found = classify_pictures(image, model, weights=weights, explain=explain)
+    unreadable: list[InputError] = []
+    found = classify_pictures(image, model, weights=weights, explain=explain, unreadable=unreadable.append)
+    if not found:
+        raise unreadable[0]
     if json:
-        emit({"model": model, "images": [_document(one) for one in found]})
+        problems = {"unreadable": [str(error) for error in unreadable]} if unreadable else {}
+        emit({"model": model, "images": [_document(one) for one in found], **problems})
     else:
         for one in found:
             print(f"{one.file}: {_sentence(one)}")
@@ -45,6 +50,10 @@ def classify(
     for one in found:
         if one.explanation is not None:
             note(f"explained in {one.explanation}")
+    for error in unreadable:
+        note(f"error: {error}")
+    if unreadable:
+        raise typer.Exit(2)
 
 
 def at_most(radius: float) -> str:

@@ -44,7 +44,8 @@ def verify(run: Runs, weights: Weights = None, root: Root = None, json: Json = F
         for reason in found.unchecked:
             print(f"not checked: {reason}")
         result = "everything holds" if found.holds else f"{len(found.failures)} do not hold"
-        counts = f"{found.rows} rows, {found.clean} clean answers, {found.certificates} certificates"
+        errors = f" ({found.errors} of them errors, with nothing to recompute)" if found.errors else ""
+        counts = f"{found.rows} rows{errors}, {found.clean} clean answers, {found.certificates} certificates"
         print(f"{counts}: {result}" + (f", {len(found.unchecked)} models not checked" if found.unchecked else ""))
     if not found.holds:
         raise typer.Exit(1)

@@ -57,15 +57,18 @@ def accuracy_curves(models: Sequence[ModelSummary], norm: str) -> Figure:
     axes = figure.add_subplot()
     for place, model in enumerate(models):
         color = model_color(model.name, place)
-        if norm in model.norms:
-            distance, accuracy = curve(list(model.norms[norm].all.distances.values()), WIDEST[norm])
+        attacked = list(model.norms[norm].all.distances.values()) if norm in model.norms else []
+        if attacked:
+            distance, accuracy = curve(attacked, WIDEST[norm])
             axes.step(distance, accuracy, where="post", color=color, label=display_name(model.name), linewidth=1.8)
+        elif norm in model.norms:
+            axes.plot([], [], color=color, label=f"{display_name(model.name)} (errors only)")
         if (published := published_curve(model.name, norm)) is not None:
             axes.plot(published[0], 100 * np.array(published[1]), "--", color=color, linewidth=1.0, alpha=0.8)
         if radii := certified_radii(model, norm):
             # under the attacks' curve belong the same images: others may be easier
-            attacked = model.norms[norm].all.distances if norm in model.norms else radii
-            shown = [radius for image, radius in radii.items() if image in attacked] or list(radii.values())
+            beside = model.norms[norm].all.distances if attacked else radii
+            shown = [radius for image, radius in radii.items() if image in beside] or list(radii.values())
             distance, accuracy = curve(shown, WIDEST[norm])
             axes.step(distance, accuracy, where="post", color=color, linestyle=":", linewidth=1.6)
     axes.axvline(THRESHOLDS[norm], color=_INK, linewidth=0.8, alpha=0.5)
@@ -81,7 +84,10 @@ def accuracy_curves(models: Sequence[ModelSummary], norm: str) -> Figure:
 
 
 def curve(distances: Sequence[float], widest: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points of the share (in %) of images farther than a distance, up to ``widest``: each holds until the next one."""
+    """Points of the share (in %) of images farther than a distance, up to ``widest``: each holds until the next one.
+
+    ``distances``: at least one.
+    """
     ordered = np.sort(np.array(distances, dtype=np.float64))
     points = np.unique(np.concatenate([[0.0], ordered[ordered <= widest], [widest]]))
     return points, 100 * (1 - np.searchsorted(ordered, points, side="right") / len(ordered))

@@ -346,7 +346,8 @@ def merge_ledgers(sources: Sequence[str | Path], target: str | Path) -> None:
 
 
 def ledger_folders(folders: Iterable[str | Path]) -> list[Path]:
-    """The run folders at or below ``folders``, sorted below each. Raises InputError where there is none."""
+    """The folders with a ledger among ``folders`` and right below each, where ``absynth evaluate --out`` makes them,
+    sorted there. Raises InputError where there is none."""
     found: list[Path] = []
     for folder in map(Path, folders):
         here = _ledger_folders_below(folder)
@@ -367,7 +368,8 @@ def rows_at_hand(folder: str | Path) -> int:
 
 
 def _ledger_folders_below(folder: Path) -> list[Path]:
-    files = sorted(folder.rglob(FILE_NAME)) if folder.is_dir() else []
+    """``folder`` itself and those in it that hold an evaluation; not deeper, where others' runs may lie."""
+    files = sorted([*folder.glob(FILE_NAME), *folder.glob(f"*/{FILE_NAME}")])
     return [file.parent for file in files if _begun(file)]
 
 
@@ -384,6 +386,9 @@ def _begun(file: Path) -> bool:
 
 
 def _nothing_in(folder: Path) -> InputError:
+    deeper = sorted({str(file.parent.parent) for file in folder.glob(f"*/*/{FILE_NAME}")})
+    if deeper:
+        return InputError(f"no evaluation in {folder} itself: name the run, {' or '.join(deeper[:3])}")
     return InputError(f"no evaluation in {folder}: run `absynth evaluate --out {folder}` first")
 
 

@@ -37,13 +37,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verification:
-    """How many rows, clean answers and certificates were checked, which do not hold, and what could not be checked."""
+    """How many rows, clean answers and certificates were checked, which do not hold, and what could not be checked.
+
+    ``errors`` of the rows say that the model or the attack failed there, which nothing can be recomputed of.
+    """
 
     rows: int
     clean: int
     certificates: int
     failures: tuple[Failure, ...]
     unchecked: tuple[str, ...] = ()
+    errors: int = 0
 
     @property
     def holds(self) -> bool:
@@ -55,6 +59,7 @@ class Verification:
         return {
             "holds": self.holds,
             "rows": self.rows,
+            "errors": self.errors,
             "clean": self.clean,
             "certificates": self.certificates,
             "failures": [vars(failure) for failure in self.failures],
@@ -81,7 +86,7 @@ def verify(
     """
     failures: list[Failure] = []
     unchecked: list[str] = []
-    row_count = clean_count = certificate_count = 0
+    row_count = error_count = clean_count = certificate_count = 0
     for folder in ledger_folders(folders):
         with Ledger(folder) as ledger:
             images = ledger.images()
@@ -89,6 +94,7 @@ def verify(
                 rows, clean = ledger.rows(record.digest), ledger.clean(record.digest)
                 certificates = ledger.certificates(record.digest)
                 row_count += len(rows)
+                error_count += sum(row.status == "error" for row in rows)
                 clean_count += len(clean)
                 certificate_count += len(certificates)
                 failures += _distances(record.name, rows, images)
@@ -101,7 +107,8 @@ def verify(
                     continue
                 failures += _clean_answers(record.name, classifier, clean, images)
                 failures += _adversarials(record.name, classifier, rows, progress)
-    return Verification(row_count, clean_count, certificate_count, tuple(dict.fromkeys(failures)), tuple(unchecked))
+    failed = tuple(dict.fromkeys(failures))
+    return Verification(row_count, clean_count, certificate_count, failed, tuple(unchecked), error_count)
 
 
 def invariant(

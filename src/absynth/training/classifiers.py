@@ -231,8 +231,6 @@ def _fit(
     with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
         torch.manual_seed(config.seed)
         model = build().to(images.device)
-    if images.device.type == "cpu":  # there twice as fast; on a GPU slow where images have one channel
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     batch_size = min(config.batch_size, len(images))
