@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from absynth.errors import InputError
-from absynth.evaluation.ledger import FILE_NAME, Ledger, ledger_folders, merge_ledgers, rows_at_hand
+from absynth.evaluation.folders import ledger_folders, merge_ledgers, rows_at_hand
+from absynth.evaluation.ledger import FILE_NAME, Ledger
 from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, ModelRecord, Row
 
 ROW = Row("m", "A()", "l2", 3, 0, 1, 0.1 + 0.2, "found", 5, 2, 0.5, torch.rand(1, 8, 8), "")

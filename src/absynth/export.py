@@ -14,7 +14,8 @@ from torch import Tensor
 
 from absynth.classifiers import Analysis
 from absynth.errors import InputError
-from absynth.evaluation.ledger import Ledger, ledger_folders
+from absynth.evaluation.folders import ledger_folders
+from absynth.evaluation.ledger import Ledger
 
 if TYPE_CHECKING:
     from pandas import DataFrame as Frame

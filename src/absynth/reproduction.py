@@ -27,7 +27,8 @@ from absynth.evaluation import (
     verify,
 )
 from absynth.evaluation.certify import check_request
-from absynth.evaluation.ledger import Ledger, ledger_folders, rows_at_hand
+from absynth.evaluation.folders import ledger_folders, rows_at_hand
+from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.reporting import Report, report
 from absynth.evaluation.run import Executor
 from absynth.inventory import describe_model

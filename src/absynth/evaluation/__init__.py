@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from absynth.evaluation.certify import Certified, CertifiedUnion, certified_union, certify
 from absynth.evaluation.compare import Difference, compare
 from absynth.evaluation.distal import Distal, distal, load_distal, save_distal
-from absynth.evaluation.ledger import Ledger, merge_ledgers
+from absynth.evaluation.folders import merge_ledgers
+from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import Job, Plan, load_model, model_digest
 from absynth.evaluation.rows import Certificate, CleanRow, Doubt, Row
 from absynth.evaluation.run import Progress, evaluate, run

@@ -70,8 +70,8 @@ class Ledger:
             with self._explained():
                 if write:
                     self._claim()
-                elif not _begun(self.path):
-                    raise _nothing_in(self.folder)
+                elif not begun(self.path):
+                    raise nothing_in(self.folder)
                 self._connection = sqlite3.connect(self.path, timeout=10.0, isolation_level=None)
                 self._open(write)
         except BaseException:
@@ -326,54 +326,7 @@ class Ledger:
             return cursor.fetchall()
 
 
-def merge_ledgers(sources: Sequence[str | Path], target: str | Path) -> None:
-    """Put the rows of all ``sources`` (run folders, or folders of them) into the ledger of ``target``, made if missing;
-    of equal keys the first.
-
-    Raises InputError when a source holds no ledger, when they are about different data, and for a target with run
-    folders of its own below it.
-    """
-    places = ledger_folders(sources)
-    below = [place for place in _ledger_folders_below(Path(target)) if place.resolve() != Path(target).resolve()]
-    if below:
-        raise InputError(f"{target} holds a run in {below[0]}: give another folder, or that one")
-    with Ledger(target, write=True) as merged:
-        for source in places:
-            if source.resolve() == Path(target).resolve():
-                continue
-            with Ledger(source) as other:
-                merged.merge_from(other)
-
-
-def ledger_folders(folders: Iterable[str | Path]) -> list[Path]:
-    """The folders with a ledger among ``folders`` and right below each, where ``absynth evaluate --out`` makes them,
-    sorted there. Raises InputError where there is none."""
-    found: list[Path] = []
-    for folder in map(Path, folders):
-        here = _ledger_folders_below(folder)
-        if not here:
-            raise _nothing_in(folder)
-        found += [path for path in here if path not in found]
-    return found
-
-
-def rows_at_hand(folder: str | Path) -> int:
-    """How many attack rows there are at or below a folder that need not exist. Raises InputError for a ledger that
-    cannot be read."""
-    count = 0
-    for place in _ledger_folders_below(Path(folder)):
-        with Ledger(place) as ledger:
-            count += sum(len(ledger.keys(record.digest)) for record in ledger.models())
-    return count
-
-
-def _ledger_folders_below(folder: Path) -> list[Path]:
-    """``folder`` itself and those in it that hold an evaluation; not deeper, where others' runs may lie."""
-    files = sorted([*folder.glob(FILE_NAME), *folder.glob(f"*/{FILE_NAME}")])
-    return [file.parent for file in files if _begun(file)]
-
-
-def _begun(file: Path) -> bool:
+def begun(file: Path) -> bool:
     """Whether ``file`` has more in it than an SQLite file without tables, which a run leaves that ends while it makes
     its ledger (the tables come in one transaction). What it holds, if anything, is for ``Ledger`` to say."""
     if not file.is_file():
@@ -385,7 +338,8 @@ def _begun(file: Path) -> bool:
         return True
 
 
-def _nothing_in(folder: Path) -> InputError:
+def nothing_in(folder: Path) -> InputError:
+    """What to say about a folder without a ledger."""
     deeper = sorted({str(file.parent.parent) for file in folder.glob(f"*/*/{FILE_NAME}")})
     if deeper:
         return InputError(f"no evaluation in {folder} itself: name the run, {' or '.join(deeper[:3])}")

@@ -18,7 +18,8 @@ from absynth import __version__
 from absynth.errors import InputError
 from absynth.evaluation import figures, paper
 from absynth.evaluation.distal import load_distal
-from absynth.evaluation.ledger import Ledger, ledger_folders
+from absynth.evaluation.folders import ledger_folders
+from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.statistics import wilson_interval
 from absynth.evaluation.summary import THRESHOLDS, Summary, summarize
 from absynth.evaluation.tables import (

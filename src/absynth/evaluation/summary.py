@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from absynth.evaluation.doubts import ledger_doubts
-from absynth.evaluation.ledger import Ledger, ledger_folders
+from absynth.evaluation.folders import ledger_folders
+from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, Row
 from absynth.evaluation.statistics import Interval, median, median_interval, wilson_interval
 from absynth.norms import NORMS

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from absynth.attacks.base import Classifier
 from absynth.errors import InputError
+from absynth.evaluation.folders import ledger_folders
 from absynth.evaluation.judge import ask, device_of, is_broken
-from absynth.evaluation.ledger import Ledger, ledger_folders
+from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import load_model, model_digest
 from absynth.evaluation.rows import Certificate, CleanRow, ModelRecord, Row
 from absynth.norms import NORMS
