@@ -18,7 +18,7 @@ import sys
 from typing import Any
 
 from absynth.evaluation import Ledger
-from absynth.evaluation.ledger import ledger_folders
+from absynth.evaluation.folders import ledger_folders
 
 
 def side_by_side(ledger: Ledger, model: str) -> dict[str, Any]:

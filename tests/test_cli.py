@@ -14,6 +14,7 @@ import pytest
 import absynth
 from absynth import data, weight_files, zoo
 from absynth.cli import app
+from absynth.reproduction import evaluate_models
 from command_line import Run, assert_error, document
 
 ROOT = Path(__file__).parent.parent
@@ -235,6 +236,17 @@ def test_attacked(run: Run, weights: Path, tmp_path: Path) -> None:
     files = document(run("report", tmp_path / "one", "--json"))
     assert all(Path(path).stat().st_size > 0 for path in files.values())
     assert_error(run("report", tmp_path / "nothing"), "nothing")
+
+
+def test_progress_rises_from_model_to_model(weights: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int, str]] = []
+    evaluate_models(
+        ["cnn", "madry"], "digits", suite="fgm", norms=["l2"], images=3, weights=weights, out=tmp_path, probe=False,
+        progress=lambda *step: seen.append(step),
+    )  # fmt: skip
+    done = [step[0] / step[1] for step in seen]
+    assert done == sorted(done) and done[-1] == 1
+    assert done[[step[2] for step in seen].index("cnn, fgm-l2")] == 0.5  # all of the first of two
 
 
 # quickstart

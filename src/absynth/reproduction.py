@@ -35,6 +35,8 @@ from absynth.inventory import describe_model
 
 COSTLY = ("smoothed-cnn",)  # attacked only when asked for by name
 
+SHARE = 1000  # steps of the progress that a model's attacks are
+
 Told = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
 
 
@@ -76,11 +78,12 @@ def evaluate_models(
     place = usable_device(device)
     classifiers = {name: load_any(name, weights=weights, root=root).to(place) for name in models}
     with _executors(cluster, models, weights, root) as executors:
-        for name, classifier in classifiers.items():
+        for number, (name, classifier) in enumerate(classifiers.items()):
 
-            def tell(at: Progress, name: str = name) -> None:
-                if progress is not None:
-                    progress(at.done, at.total, f"{name}, {at.attack}")
+            def tell(at: Progress, name: str = name, number: int = number) -> None:
+                if progress is not None:  # models have different numbers of attacks: each is an equal share
+                    done = number + at.done / at.total
+                    progress(round(SHARE * done), SHARE * len(classifiers), f"{name}, {at.attack}")
 
             evaluate(
                 classifier, dataset, suite=suite, norms=norms, images=images, out=run_folder(out, name), seed=seed,

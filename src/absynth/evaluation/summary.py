@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,7 @@ def summarize_model(
         digest=digest,
         clean={row.image: row.logits is not None and not row.broken for row in answers},
         norms=norms,
-        union=_union(rows, norms, images) if all(norm in norms for norm in UNION) else None,
+        union=survivors(rows, images, {norm: THRESHOLDS[norm] for norm in UNION}) if set(UNION) <= set(norms) else None,
         nearest={norm: _nearest(by_norm[norm]) for norm in norms},
         certificates=tuple(certificates),
         doubts=tuple(doubts),
@@ -301,21 +301,21 @@ def _nearest(rows: Iterable[Row]) -> dict[int, Row]:
     return best
 
 
-def _union(
-    rows: Iterable[Row], norms: Mapping[str, NormSummary], images: Mapping[int, torch.Tensor]
-) -> dict[int, bool]:
-    """By image with usable rows in every norm: whether it survives all balls."""
-    alive = {
-        image: True for image in norms[UNION[0]].all.distances if all(image in norms[n].all.distances for n in UNION)
-    }
+def survivors(rows: Sequence[Row], images: Mapping[int, torch.Tensor], balls: Mapping[str, float]) -> dict[int, bool]:
+    """Whether images survive the union of ``balls``, radii by norm; for those with usable rows in each of the norms.
+
+    ``rows`` are one model's. Each adversarial counts in every ball that it lies in, not only in its own norm's.
+    """
+    attacked = [{row.image for row in rows if row.norm == norm and row.status != "error"} for norm in balls]
+    alive = {image: True for image in sorted(set.intersection(*attacked))}
     for row in rows:
         if row.image not in alive or not row.found:
             continue
         if row.status == "misclassified" or row.adversarial is None or row.image not in images:
-            broken = row.norm in UNION and within(row.distance, THRESHOLDS[row.norm])
+            broken = row.norm in balls and within(row.distance, balls[row.norm])
         else:
             pair = row.adversarial[None], images[row.image][None]
-            broken = any(within(float(NORMS[norm].distance(*pair)), THRESHOLDS[norm]) for norm in UNION)
+            broken = any(within(float(NORMS[norm].distance(*pair)), radius) for norm, radius in balls.items())
         if broken:
             alive[row.image] = False
     return alive
