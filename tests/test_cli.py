@@ -73,6 +73,25 @@ def test_threads_sleep_while_they_wait(own: str | None, expected: str) -> None:
     assert shown.splitlines()[-1] == f"{expected} False"
 
 
+def test_stopped_while_it_is_imported() -> None:
+    """Ctrl-C in the first tenths of a second, which the import of the command line takes."""
+    script = """
+import sys
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Stop())
+from absynth.__main__ import main
+main()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
 def test_light_imports() -> None:
     """`--help` imports no PyTorch; `classify` nothing that only figures, training or attacks need."""
     heavy = "{'torch', 'rich', 'matplotlib', 'sklearn', 'scipy', 'foolbox', 'PIL'}"
@@ -225,7 +244,7 @@ def test_attacked(run: Run, weights: Path, tmp_path: Path) -> None:
     assert {"median", "accuracy", "threshold", "images", "attacks"} <= set(found["l2"])
     assert found["l2"]["images"] == 3
     again = run(*options, "--out", tmp_path / "one")
-    assert "holds 3 rows: they are kept" in again.err and "all attacks" not in again.out  # there is one
+    assert "holds 3 rows already" in again.err and "all attacks" not in again.out  # there is one
     assert run(*options, "--out", tmp_path / "two", "--seed", 1).code == 0
     assert document(run("verify", tmp_path / "one", "--weights", weights, "--json"))["holds"]
     assert document(run("compare", tmp_path / "one" / "cnn", tmp_path / "two" / "cnn", "--json"))["differences"]
