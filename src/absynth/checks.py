@@ -1,4 +1,4 @@
-"""The check of an image batch that every model makes first."""
+"""What every model checks of the images it is given, and what is checked of its answers."""
 
 from __future__ import annotations
 
@@ -51,6 +51,22 @@ def check_images(images: Tensor, *, channels: int = 1, size: int | None = 28) ->
         else:
             hint = "undo any normalization, or use images.clamp(0, 1)"
         raise InputError(f"images has values from {low:.4g} to {high:.4g}, expected {expected}: {hint}")
+
+
+def check_logits(answer: object, count: int, classes: int | None = None) -> Tensor:
+    """``answer``, if it is logits (``count``, K), K at least 2, and ``classes`` where that is given. Raises InputError
+    otherwise."""
+    expected = f"expected logits ({count}, K) with K at least 2"
+    if not isinstance(answer, Tensor):
+        raise InputError(f"the model returned a {type(answer).__name__} for {count} images: {expected}")
+    if answer.ndim != 2 or len(answer) != count or answer.shape[1] < 2:
+        raise InputError(f"the model returned shape {tuple(answer.shape)} for {count} images: {expected}")
+    if classes is not None and answer.shape[1] != classes:
+        raise InputError(
+            f"the model returned {answer.shape[1]} classes, before it was {classes}: expected logits of the same each "
+            "time"
+        )
+    return answer
 
 
 def usable_device(name: str | torch.device) -> torch.device:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from absynth import data, zoo
-from absynth.checks import usable_device
+from absynth.checks import check_logits, usable_device
 from absynth.errors import InputError
 from absynth.evaluation.judge import device_of
 from absynth.evaluation.plan import image_indices, load_model
@@ -65,15 +65,11 @@ def _logits(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
             f"the model raised {text} on images {tuple(images.shape)}: it has to answer float32 images (B,C,H,W) in "
             "[0,1] with logits (B,K)"
         ) from error
-    expected = f"expected logits ({len(images)}, K) with K at least 2"
-    if not isinstance(logits, Tensor):
-        raise InputError(f"the model returned a {type(logits).__name__} for {len(images)} images: {expected}")
-    if logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
-        raise InputError(f"the model returned shape {tuple(logits.shape)} for {len(images)} images: {expected}")
-    bad = int(logits.isnan().any(1).sum())
+    checked = check_logits(logits, len(images))
+    bad = int(checked.isnan().any(1).sum())
     if bad:
-        raise InputError(f"the model returned NaN for {bad} of {len(images)} images: {expected}, all of them numbers")
-    return logits
+        raise InputError(f"the model returned NaN for {bad} of {len(images)} images: expected logits that are numbers")
+    return checked
 
 
 def measure(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from absynth.attacks.queries import can_follow, rows_of
+from absynth.checks import check_logits
 from absynth.errors import InputError
 from absynth.norms import Norm
 
@@ -106,7 +107,7 @@ class Problem:
     def logits(self, images: Tensor) -> Tensor:
         """(B,C,H,W) -> (B,K), without gradient. Raises InputError when the classifier returns another shape."""
         with torch.no_grad():
-            return self._checked(self.classifier(images))
+            return check_logits(self.classifier(images), len(self.images))
 
     def margin(self, images: Tensor) -> Tensor:
         """(B,C,H,W) -> (B,): how far each image is from meeting the goal, at most 0 where it is met."""
@@ -119,7 +120,7 @@ class Problem:
     def margin_and_gradient(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Margin (B,) and its gradient (B,C,H,W), non-finite entries as 0: one forward and one backward query."""
         images = images.detach().requires_grad_()
-        margin = self.goal.margin(self._checked(self.classifier(images))) + self.goal.slack
+        margin = self.goal.margin(check_logits(self.classifier(images), len(self.images))) + self.goal.slack
         (gradient,) = torch.autograd.grad(margin.sum(), images)
         return margin.detach(), torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -127,7 +128,7 @@ class Problem:
         """Logits (B,K) and the gradients (B,k,C,H,W) of the logits of ``classes`` (B,k): one forward, k backward
         queries."""
         images = images.detach().requires_grad_()
-        logits = self._checked(self.classifier(images))
+        logits = check_logits(self.classifier(images), len(self.images))
         count = classes.shape[1]
         gradients = [
             torch.autograd.grad(logits.gather(1, classes[:, i : i + 1]).sum(), images, retain_graph=i + 1 < count)[0]
@@ -144,14 +145,6 @@ class Problem:
     def distance(self, images: Tensor) -> Tensor:
         """(B,) float64, from the clean images."""
         return self.norm.distance(images, self.images)
-
-    def _checked(self, logits: Tensor) -> Tensor:
-        if logits.ndim != 2 or len(logits) != len(self.images) or logits.shape[1] < 2:
-            raise InputError(
-                f"the classifier returned shape {tuple(logits.shape)} for {len(self.images)} images: "
-                f"expected logits ({len(self.images)}, K) with K at least 2"
-            )
-        return logits
 
 
 class Attack(ABC):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from absynth.attacks.base import Classifier
-from absynth.errors import InputError
+from absynth.checks import check_logits
 from absynth.norms import Norm
 
 #: A proposal that misses the boundary by rounding is moved away from the clean image by these shares of its
@@ -114,18 +114,7 @@ def judge(
 
 
 def _logits(classifier: Classifier, images: Tensor, classes: int | None) -> Tensor:
-    logits = classifier(images)
-    expected = "K" if classes is None else str(classes)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images) or logits.shape[1] < 2:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(
-            f"the model returned {shape} for {len(images)} images: expected logits ({len(images)}, {expected})"
-        )
-    if classes is not None and logits.shape[1] != classes:
-        raise InputError(
-            f"the model returned {logits.shape[1]} classes, before it was {classes}: expected the same each time"
-        )
-    return logits.detach().float()
+    return check_logits(classifier(images), len(images), classes).detach().float()
 
 
 def _invalid(image: Tensor) -> str:
