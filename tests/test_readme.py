@@ -34,10 +34,11 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, mnist_test: tuple[Tensor, Tensor]) -> Path:
-    """An empty folder with the picture that the README classifies, and a small data set."""
+    """An empty folder with the picture that the README classifies, a model of one's own, and a small data set."""
     place = tmp_path_factory.mktemp("readme")
     (place / "docs" / "figures").mkdir(parents=True)
     shutil.copy(ROOT / "docs" / "figures" / "digit.png", place / "docs" / "figures")
+    (place / "mine.py").write_text("import absynth\n\n\ndef make():\n    return absynth.load('cnn')\n")
     images, labels = data.load("digits", "train")
     for digit in (0, 1):
         (place / "pictures" / str(digit)).mkdir(parents=True)
