@@ -91,7 +91,7 @@ def test_pairs_hold_the_energies_of_their_latents(
     digits: tuple[Tensor, Tensor], trained: tuple[list[Decoder], Tensor]
 ) -> None:
     (images, labels), (decoders, starts) = digits, trained
-    pairs = explained(StackedDecoders(decoders, SIZES), starts, images, labels, CONFIG, 0, 1.0)
+    pairs = explained(StackedDecoders(decoders, SIZES), starts, images, labels, CONFIG, 1.0)
     for number, one in enumerate(pairs):
         assert one.own.tolist() == (labels[one.images] == number).tolist()
         assert int(one.own.sum()) == int((labels == number).sum())
@@ -110,7 +110,7 @@ def test_a_smaller_class_visits_its_pairs_again() -> None:
         others = torch.where(is_own, 5.0, 4.0)
         energies[own + rivals :] = 500.0
         nothing = torch.zeros(len(is_own))
-        return Pairs(torch.arange(len(is_own)), is_own, nothing, nothing, energies, others)
+        return Pairs(torch.arange(len(is_own)), is_own, nothing, energies, others)
 
     order = together._order([pairs(6, 3, 5), pairs(2, 1, 0)], replace(CONFIG, batch_size=4), 0)
     assert [len(rows) for rows in order] == [12, 12]

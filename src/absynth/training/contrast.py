@@ -47,7 +47,6 @@ class ContrastConfig:
     weight: float = 3.0
     batch_size: int = 32
     learning_rate: float = 1e-3
-    noise: float = 0.0  # on the latents a decoder is trained at, in deviations of their posterior: see ``spread``
     settling: int = 2  # Newton steps of the search, the one from the candidate included
     seed: int = 0
 
@@ -71,7 +70,6 @@ class Pairs:
     images: Tensor  # (P,) indices into the training set
     own: Tensor  # (P,) bool
     latents: Tensor  # (P,D)
-    trained: Tensor  # (P,D): where the decoder is trained, the latents or beside them
     energies: Tensor  # (P,) of this class
     others: Tensor  # (P,) of the class to be compared with: the true class for a rival, the best rival for its own
 
@@ -82,8 +80,7 @@ class Pairs:
         rows = wanted.nonzero()[:, 0]
         nothing = torch.full((len(rows),), torch.nan, device=rows.device)
         others = nothing if true is None else true[rows]
-        latents = nothing[:, None].repeat(1, size)
-        return cls(rows, own[rows], latents, latents, nothing.clone(), others)
+        return cls(rows, own[rows], nothing[:, None].repeat(1, size), nothing.clone(), others)
 
     def gaps(self) -> Tensor:
         """The rival's energy minus the true class's (P,)."""
@@ -261,25 +258,6 @@ def settle(
             descent = folded.pullback(activations, residual) - beta / 2 * trial
             newton = torch.where(better[:, None], matrix_vector(inverses[chosen], descent), newton)
             rate = torch.where(better, rate, rate * 0.3)
-
-
-@torch.no_grad()
-def spread(pairs: Pairs, found: Scan, inverses: Tensor, config: ContrastConfig, round_number: int, number: int) -> None:
-    """Say where the decoder of class ``number`` is trained: at the latents of ``pairs``, moved by ``config.noise``
-    deviations of their posterior.
-
-    Around the minimum the energy is a parabola, so that exp(-energy) is a Gaussian there, of covariance
-    (J'J + beta/2 I)^-1 / 2 (Laplace's approximation); its curvature is that of the candidate that the search began at,
-    with ``inverses`` (M,D,D). A decoder that is trained there, not at a point, stays smooth around its latents, as that
-    of a variational autoencoder does.
-    """
-    if not config.noise:
-        pairs.trained = pairs.latents
-        return
-    generator = torch.Generator().manual_seed(2**40 + (config.seed * 1000 + number) * 1000 + round_number)
-    draws = torch.randn(pairs.latents.shape, generator=generator).to(pairs.latents.device)
-    roots = torch.linalg.cholesky(inverses / 2)
-    pairs.trained = pairs.latents + config.noise * matrix_vector(roots[found.chosen], draws)
 
 
 def exchange(pairs: Sequence[Pairs], count: int) -> None:

@@ -34,7 +34,6 @@ from absynth.training.contrast import (
     rate_at,
     scan,
     settle,
-    spread,
 )
 from absynth.training.processes import children_ignore_interrupts, end_with_parent
 from absynth.vae import Decoder, VAEConfig
@@ -62,7 +61,7 @@ def train_round(
         rate = rate_at((round_number + step / len(order)) / config.rounds, config)
         # Adam's moments begin anew with each round: its first steps are small
         optimizer.param_groups[0]["lr"] = rate * min(1.0, (step + 1) / 20)
-        energies = _energies(decoder, pairs.trained[rows], images[pairs.images[rows]], beta)
+        energies = _energies(decoder, pairs.latents[rows], images[pairs.images[rows]], beta)
         signs = derivatives(pairs.own[rows], energies, pairs.others[rows], config)
         optimizer.zero_grad()
         torch.autograd.backward((signs * energies).sum() / len(rows))
@@ -203,12 +202,10 @@ def _settle(
     begun: dict[str, Any],
 ) -> dict[str, Any]:
     folded, pairs = FoldedDecoder(_decoder(weights, _worker["sizes"])), Pairs(**_tensors(begun))
-    scanned, curvatures, config = Scan(**_tensors(found)), torch.from_numpy(inverses), _worker["config"]
     settle(
-        folded, torch.from_numpy(latents), curvatures, scanned, pairs,
-        _round_images(round_number), config, _worker["beta"],
+        folded, torch.from_numpy(latents), torch.from_numpy(inverses), Scan(**_tensors(found)), pairs,
+        _round_images(round_number), _worker["config"], _worker["beta"],
     )  # fmt: skip
-    spread(pairs, scanned, curvatures, config, round_number, number)
     return _arrays(vars(pairs))
 
 

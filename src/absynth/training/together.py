@@ -33,7 +33,6 @@ from absynth.training.contrast import (
     rate_at,
     scan,
     settle,
-    spread,
 )
 from absynth.training.stacked import StackedDecoders, restore_stacked, stacked_tensors
 from absynth.vae import Decoder, VAEConfig
@@ -71,7 +70,7 @@ def sharpen_together(
     for round_number in range(first, config.rounds):
         rows = of_round(labels, config, round_number).to(device)
         seen = moved(images[rows], config, round_number, response)
-        pairs = explained(stacked, starts, seen, labels[rows], config, round_number, beta)
+        pairs = explained(stacked, starts, seen, labels[rows], config, beta)
         loss = _train_round(stacked, optimizer, pairs, seen, config, round_number, beta)
         latents = [(one.latents[one.own].cpu(), one.latents[~one.own].cpu()) for one in pairs]
         starts = _drawn(latents, starts.shape[1], config.seed * 1000 + round_number).to(device)
@@ -91,13 +90,7 @@ def sharpen_together(
 
 @torch.no_grad()
 def explained(
-    stacked: StackedDecoders,
-    starts: Tensor,
-    images: Tensor,
-    labels: Tensor,
-    config: ContrastConfig,
-    round_number: int,
-    beta: float,
+    stacked: StackedDecoders, starts: Tensor, images: Tensor, labels: Tensor, config: ContrastConfig, beta: float
 ) -> list[Pairs]:
     """For every class the pairs it is asked to explain: images (N,C,S,S), searched from the starts (K,M,D)."""
     folded = [FoldedDecoder(decoder).to(images.device) for decoder in stacked.decoders()]
@@ -112,7 +105,6 @@ def explained(
             pairs.append(Pairs.begun(wanted[:, number], labels == number, starts.shape[2], true))
             found = scans[number].rows(pairs[-1].images)
             settle(decoder, one.candidates.latents, one.inverses, found, pairs[-1], images, config, beta)
-            spread(pairs[-1], found, one.inverses, config, round_number, number)
     exchange(pairs, len(images))
     return pairs
 
@@ -135,7 +127,7 @@ def _train_round(
         by_step: Tensor = torch.stack(together).unflatten(1, (-1, config.batch_size))
         return by_step  # (K,steps,b,...)
 
-    chosen, latents, own, others = (gathered(name) for name in ("images", "trained", "own", "others"))
+    chosen, latents, own, others = (gathered(name) for name in ("images", "latents", "own", "others"))
     steps, total = chosen.shape[1], torch.zeros((), device=images.device)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate_at((round_number + step / steps) / config.rounds, config)
