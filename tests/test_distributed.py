@@ -230,7 +230,8 @@ def test_from_the_command_line_and_stopped(nodes: Nodes, tmp_path: Path) -> None
     arguments = ["evaluate", "--model", "evaluation_models:digits", "--data", "digits", "--images", "40"]
     arguments += ["--attacks", "deepfool-l2", "--out", str(tmp_path), "--cluster", nodes.address]
     # A shell that runs the tests in the background has its children ignore SIGINT.
-    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import absynth.__main__"
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program += "; from absynth.__main__ import main; main()"
     command = [sys.executable, "-c", program, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT / "tests")))}
     with subprocess.Popen(

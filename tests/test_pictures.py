@@ -164,7 +164,7 @@ def broken(tmp_path, kind):
         ("transparent", "blank"),
         ("nan", "NaN"),
         ("huge", "too many pixels"),
-        ("folder", "cannot read"),
+        ("folder", "is a folder, not a picture"),
     ],
 )
 def test_what_is_no_usable_picture_is_one_clear_line(tmp_path, kind, message):
