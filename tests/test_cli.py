@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from importlib.metadata import version
@@ -37,6 +38,11 @@ def test_help_and_version(run: Run) -> None:
         assert f"\n  {name} " in shown
         assert run(name, "--help").code == 0
     assert "..." not in shown.split("Commands:")[1], "a summary is too long for its line"
+
+
+def test_page_of_attacks_is_current() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "attacks_page.py"))["page"]()
+    assert page == (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8"), "run python docs/attacks_page.py"
 
 
 def test_page_is_current() -> None:

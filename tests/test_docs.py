@@ -189,13 +189,6 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert target.startswith("https://") or (DOCS / target).exists(), (page.name, target)
 
 
-@pytest.mark.parametrize("generator", ["attacks_page"])
-def test_generated_pages_are_up_to_date(generator: str) -> None:
-    page = load_script(generator).page()
-    stored = (DOCS / f"{generator.removesuffix('_page')}.md").read_text(encoding="utf-8")
-    assert page == stored, f"run python docs/{generator}.py"
-
-
 def test_figures_are_drawn_again(tmp_path: Path, mnist_test: tuple[Tensor, Tensor]) -> None:
     """Names and order of magnitude; the pixels depend on the versions of matplotlib and torch."""
     drawn = load_script("draw").main(tmp_path)

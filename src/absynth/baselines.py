@@ -27,18 +27,17 @@ class Network(nn.Module):
     """A module whose convolutions are laid out as its device likes them: with channels last on a CPU, where they take
     half the time then, and plainly on a GPU, which is slow that way where images have one channel."""
 
-    def _apply(
-        self, fn: Callable[..., Any], recurse: bool = True
-    ) -> Self:  # what .to(), .cuda() and .half() go through
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """What ``to``, ``cuda`` and ``half`` go through."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self._lay_out()
+        self._lay_out()
+        return self
 
-    def _lay_out(self) -> Self:
+    def _lay_out(self) -> None:
         for weights in self.parameters():
             if weights.ndim == 4:
                 layout = torch.channels_last if weights.device.type == "cpu" else torch.contiguous_format
                 weights.data = weights.data.contiguous(memory_format=layout)
-        return self
 
 
 class CNN(Network):

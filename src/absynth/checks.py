@@ -63,8 +63,7 @@ def check_logits(answer: object, count: int, classes: int | None = None) -> Tens
         raise InputError(f"the model returned shape {tuple(answer.shape)} for {count} images: {expected}")
     if classes is not None and answer.shape[1] != classes:
         raise InputError(
-            f"the model returned {answer.shape[1]} classes, before it was {classes}: expected logits of the same each "
-            "time"
+            f"the model returned {answer.shape[1]} classes, before it was {classes}: expected the same each time"
         )
     return answer
 
@@ -74,7 +73,7 @@ def usable_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the device "meta" has room for nothing, and so no item
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise InputError(
             f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}): use cpu, or cuda where there is a GPU"
         ) from error

@@ -34,9 +34,7 @@ def classify(
 
     unreadable: list[InputError] = []
     found = classify_pictures(image, model, weights=weights, explain=explain, unreadable=unreadable.append)
-    if not found:
-        raise unreadable[0]
-    if json:
+    if json and found:
         problems = {"unreadable": [str(error) for error in unreadable]} if unreadable else {}
         emit({"model": model, "images": [_document(one) for one in found], **problems})
     else:
