@@ -29,11 +29,11 @@ from absynth.training.contrast import (
 )
 from absynth.training.generative import GenerativeConfig, TrainedClass, shared_start, train_class, train_classes
 from absynth.training.sharpening import sharpen
-from absynth.vae import VAE, VAEConfig
+from absynth.vae import VAEConfig
 from small_models import candidate_energies
 
-TINY = GenerativeConfig(shared_steps=5, steps=13, batch_size=8)
-SMALL = replace(TINY, steps=130)
+TINY = GenerativeConfig(shared_steps=5, vae_steps=6, decoder_steps=7, vae_batch_size=8, decoder_batch_size=8)
+SMALL = replace(TINY, vae_steps=50, decoder_steps=80)
 
 
 @pytest.fixture(scope="module")
@@ -49,39 +49,23 @@ def same(first: TrainedClass, second: TrainedClass) -> bool:
     return all(torch.equal(a, b) for a, b in pairs) and torch.equal(first.latents, second.latents)
 
 
-def test_an_autoencoder_learns_its_class(digits: tuple[Tensor, Tensor]) -> None:
+def test_both_phases_lower_the_energy(digits: tuple[Tensor, Tensor]) -> None:
     losses: list[float] = []
 
     def listen(step: int, total: int, text: str) -> None:
         losses.append(float(text.rsplit(" ", 1)[1]))
 
     zeros = digits[0][:80]
-    config = replace(SMALL, steps=300)
-    trained = train_class(zeros, 0, config, progress=listen)
-    assert len(losses) == config.steps
-    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
+    trained = train_class(zeros, 0, SMALL, progress=listen)
+    assert len(losses) == SMALL.steps
+    first_phase, second_phase = losses[: SMALL.vae_steps], losses[SMALL.vae_steps :]
+    assert sum(first_phase[-10:]) < 0.5 * sum(first_phase[:10])
+    assert sum(second_phase[-10:]) < 0.8 * sum(second_phase[:10])
     assert trained.latents.shape == (80, 8)
     with torch.no_grad():
         error = (zeros - trained.vae.decoder(trained.latents)).square().flatten(1).sum(1).mean()
         blank = (zeros - zeros.mean(0)).square().flatten(1).sum(1).mean()
     assert error < 0.7 * blank  # better than the mean image: the latents say something
-
-
-def test_the_divergence_weighs_less_and_less() -> None:
-    config = GenerativeConfig(beta=2.0, kl_first=4.0, kl_last=0.5, kl_until=0.4)
-    assert [round(config.kl_weight(done), 6) for done in (0.0, 0.2, 0.4, 0.9)] == [8.0, 4.5, 1.0, 1.0]
-
-
-def test_an_encoder_stands_still_at_last(digits: tuple[Tensor, Tensor]) -> None:
-    vae = VAE(VAEConfig())
-    state = generative._State(vae, replace(TINY, encoded=0.5))
-    for step in range(TINY.steps):
-        encoder = {name: value.clone() for name, value in vae.encoder.state_dict().items()}
-        decoder = vae.decoder.conv_1.weight.clone()
-        state.descend(digits[0][:8], torch.Generator().manual_seed(step))
-        still = [torch.equal(encoder[name], value) for name, value in vae.encoder.state_dict().items()]
-        assert all(still) if step >= 7 else not any(still)  # its running statistics, too
-        assert not torch.equal(decoder, vae.decoder.conv_1.weight)
 
 
 @pytest.mark.parametrize("stop_at", [3, 6, 9])
@@ -147,7 +131,7 @@ def test_classes_begin_from_what_they_share(digits: tuple[Tensor, Tensor], tmp_p
         start.decoder.conv_0.weight, shared_start(digits[0], TINY, checkpoint=tmp_path / "shared").decoder.conv_0.weight
     )
     zeros = digits[0][:80]
-    begun = train_class(zeros, 0, replace(TINY, steps=2), start=start)
+    begun = train_class(zeros, 0, replace(TINY, vae_steps=1, decoder_steps=1), start=start)
     moved = (begun.vae.decoder.conv_1.weight - start.decoder.conv_1.weight).norm()
     assert moved < 0.1 * start.decoder.conv_1.weight.norm()
     file = tmp_path / "class-0"

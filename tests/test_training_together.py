@@ -35,7 +35,7 @@ def digits() -> tuple[Tensor, Tensor]:
 def trained(digits: tuple[Tensor, Tensor]) -> tuple[list[Decoder], Tensor]:
     """A decoder and 20 candidates of each of the two classes."""
     images, labels = digits
-    config = GenerativeConfig(steps=130, batch_size=8)
+    config = GenerativeConfig(vae_steps=50, decoder_steps=80, vae_batch_size=8, decoder_batch_size=8)
     classes = [train_class(images[labels == number], number, config) for number in (0, 1)]
     starts = torch.stack([choose_candidates(one.latents, 20, 0) for one in classes])
     return [one.vae.decoder for one in classes], starts

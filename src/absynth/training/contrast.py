@@ -1,7 +1,7 @@
-"""The second phase of training: each decoder learns not to explain the images of other classes.
+"""The third phase of training: each decoder learns not to explain the images of other classes.
 
-The first phase makes a decoder explain its own class. What decides a classification, and how far an adversarial has
-to go, is the gap to the energy that the *best rival* reaches; nothing in that phase asks for one. Here, for image x
+The first two phases make a decoder explain its own class. What decides a classification, and how far an adversarial has
+to go, is the gap to the energy that the *best rival* reaches; nothing in those phases asks for one. Here, for image x
 of class y and rival c, the loss
 
     E_y(x) + weight * temperature * softplus((E_y(x) + margin - E_c(x)) / temperature)
@@ -36,7 +36,7 @@ class ContrastConfig:
     """``rounds`` passes over the images, those of the first half over ``early_share`` of them; ``margin`` and
     ``temperature`` in units of un-normalized energy."""
 
-    rounds: int = 24
+    rounds: int = 8
     early_share: float = 0.5
     augmentation: Augmentation = field(
         default_factory=lambda: Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.5, elastic=0.3, bicubic=True)

@@ -1,12 +1,11 @@
-"""Training of the generative models: one variational autoencoder a class (paper, section 3).
+"""Training of the generative models: one variational autoencoder a class, then its decoder alone.
 
-Most of the latent space is laid out once, for all classes together: each class's autoencoder begins as a copy of one
-that has seen all images. Then it descends the negative ELBO on its own images, moved afresh each time. The weight of
-the KL divergence begins high, which keeps to the few latents that say most, and falls. For the last part of the steps
-the encoder stands still, at half the cost a step.
-
-The noise on the latents is what makes the classifier robust: decoders trained without it, on latents of every image's
-own, explain images as well, but let a smaller change bring an image near to another class (LOG.md, 2026-11-27).
+*First phase*: encoder and decoder together, by the negative ELBO (paper, section 3). It lays out the latent space. Most
+of it is done once, for all classes together: each class's autoencoder begins as a copy of one that has seen all images.
+*Second phase*: the decoder alone, on what the analysis will ask of it: every training image keeps latents of its own
+and both descend the energy ||x - G(z)||^2 + beta/2 ||z||^2 together. An image's step is scaled by the variance the
+encoder gave it, the inverse of the energy's curvature there. At half the cost a step of the first phase, it lowers the
+energy of unseen images far faster than more of the first phase does (LOG.md, 2026-11-23).
 
 Classes are independent: on a CPU they are trained side by side, one process and one thread for each core.
 """
@@ -18,7 +17,7 @@ import math
 import multiprocessing
 import os
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.managers import SyncManager
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from absynth.data import digest
 from absynth.errors import InputError
@@ -40,42 +39,38 @@ Progress = Callable[[int, int, str], None]  # (steps done, steps in all, a line 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerativeConfig:
-    """How one class's model is trained. Steps, not epochs, so that a small data set gets as much training.
-
-    The KL divergence weighs ``kl_first`` times ``beta`` at the first step, ``kl_last`` times from ``kl_until``, a share
-    of the steps, on; after the share ``encoded`` the encoder is trained no more.
-    """
+    """How one class's model is trained. Steps, not epochs, so that a small data set gets as much training."""
 
     latent_size: int = 8
-    beta: float = 1.0  # of the analysis that the decoder is for
+    beta: float = 1.0
     shared_steps: int = 1500  # of the one autoencoder that all classes begin from; 0: each class begins by itself
-    steps: int = 6000
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-    kl_first: float = 4.0
-    kl_last: float = 0.6
-    kl_until: float = 0.5
-    encoded: float = 1.0
-    augmentation: Augmentation = field(default_factory=lambda: Augmentation(rotation=5, zoom=0.05, shear=4, shift=0.3))
+    vae_steps: int = 300
+    vae_batch_size: int = 32
+    vae_learning_rate: float = 3e-3
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(rotation=3, zoom=0.05, shear=3, shift=0))
+    decoder_steps: int = 5000
+    decoder_batch_size: int = 16
+    decoder_learning_rate: float = 2e-3
+    latent_rate: float = 0.5  # step of an image's own latents, relative to a Newton step
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.batch_size) < 1:
-            raise InputError(f"{self}: steps and batch size must be at least 1")
+        if min(self.vae_steps, self.decoder_steps, self.vae_batch_size, self.decoder_batch_size) < 1:
+            raise InputError(f"{self}: steps and batch sizes must be at least 1")
         if self.shared_steps < 0:
             raise InputError(f"shared_steps is {self.shared_steps}; expected 0 or more")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}")
 
-    def kl_weight(self, done: float) -> float:
-        """Of the KL divergence, after the share ``done`` of the steps."""
-        left = max(0.0, 1 - done / self.kl_until)
-        return self.beta * (self.kl_last + (self.kl_first - self.kl_last) * left)
+    @property
+    def steps(self) -> int:
+        """Of one class, what all share left out."""
+        return self.vae_steps + self.decoder_steps
 
 
 @dataclass(frozen=True)
 class TrainedClass:
-    """One class's model, in eval mode, and the latents (N,D) its encoder infers for its training images."""
+    """One class's model, in eval mode, and the latents (N,D) of its training images, in their order."""
 
     vae: VAE
     latents: Tensor
@@ -107,9 +102,9 @@ def train_class(
     if start is not None:
         vae.load_state_dict(start.state_dict())
         identity["start"] = digest(*start.state_dict().values())
-    _advance(_State(vae, config), images, number, identity, checkpoint, progress, f"class {number}")
-    vae.eval().requires_grad_(False)
-    return TrainedClass(vae, torch.cat([vae.encoder(chunk)[0] for chunk in images.split(256)]))
+    state = _State(vae, config, len(images))
+    _advance(state, images, number, config.steps, identity, checkpoint, progress, f"class {number}")
+    return TrainedClass(vae.eval().requires_grad_(False), state.latents)
 
 
 def shared_start(
@@ -124,9 +119,8 @@ def shared_start(
     config = config or GenerativeConfig()
     vae = _begun(images, config, _ALL_CLASSES)
     identity = {"model": "shared vae", "config": asdict(config), "data_digest": digest(images)}
-    # the KL divergence keeps its last weight: a high one would have to be unlearned in every class
-    shared = replace(config, steps=config.shared_steps, kl_first=config.kl_last, encoded=1.0)
-    _advance(_State(vae, shared), images, _ALL_CLASSES, identity, checkpoint, progress, "all classes")
+    state = _State(vae, replace(config, vae_steps=config.shared_steps), len(images))
+    _advance(state, images, _ALL_CLASSES, config.shared_steps, identity, checkpoint, progress, "all classes")
     return vae.eval().requires_grad_(False)
 
 
@@ -146,77 +140,128 @@ def _advance(
     state: _State,
     images: Tensor,
     number: int,
+    last: int,
     identity: dict[str, Any],
     checkpoint: str | Path | None,
     progress: Progress | None,
     called: str,
 ) -> None:
-    """Train to the last step, from the checkpoint if there is one."""
+    """Train to step ``last``, from the checkpoint if there is one."""
     config = state.config
     if checkpoint is not None and (saved := load_checkpoint(checkpoint, expect=identity)) is not None:
         state.restore(*saved)
-    while state.step < config.steps:
-        chosen, generator = _batch(len(images), config, number, state.step)
-        loss = state.descend(images[chosen], generator)
-        if progress is not None:
-            progress(state.step, config.steps, f"{called}: loss {loss:.2f}")
-        if checkpoint is not None and (state.step % CHECKPOINT_EVERY == 0 or state.step == config.steps):
-            save_checkpoint(checkpoint, state.tensors(), {**identity, "step": state.step})
+    while state.step < last:
+        if state.step == config.vae_steps:
+            state.begin_second_phase(images)
+        batches = _Batches(len(images), config, number)
+        for chosen, generator in batches.from_step(state.step):
+            if state.step < config.vae_steps:
+                loss = state.vae_step(images[chosen], generator)
+            else:
+                loss = state.decoder_step(images[chosen], chosen)
+            if progress is not None:
+                progress(state.step, last, f"{called}: loss {loss:.2f}")
+            if checkpoint is not None and (state.step % CHECKPOINT_EVERY == 0 or state.step == last):
+                save_checkpoint(checkpoint, state.tensors(), {**identity, "step": state.step})
+            if state.step in (config.vae_steps, last):
+                break
 
 
-def _batch(count: int, config: GenerativeConfig, number: int, step: int) -> tuple[Tensor, torch.Generator]:
-    """Which of ``count`` images a step trains on, indices (b,), in a fresh order each epoch; and the step's generator.
-    A resumed training draws what the uninterrupted one would have drawn."""
+class _Batches:
+    """Which images each step trains on: a fresh order each epoch, from a generator seeded by (seed, class, epoch)."""
 
-    def generator(position: int, purpose: int) -> torch.Generator:
-        seed = ((config.seed * 1000 + number) * 4 + purpose) * 2**20 + position
+    def __init__(self, count: int, config: GenerativeConfig, number: int) -> None:
+        self.count, self.config, self.number = count, config, number
+
+    def from_step(self, step: int) -> Iterator[tuple[Tensor, torch.Generator]]:
+        """The batches from ``step`` to the end of its phase: indices (b,) and the step's generator."""
+        config = self.config
+        second = step >= config.vae_steps
+        size = min(config.decoder_batch_size if second else config.vae_batch_size, self.count)
+        first = config.vae_steps if second else 0
+        epoch_steps = self.count // size
+        while True:
+            epoch, place = divmod(step - first, epoch_steps)
+            order = torch.randperm(self.count, generator=self._generator(epoch, 2 + second))
+            # one generator a step: a resumed training draws what the uninterrupted one would have drawn
+            yield order[place * size : (place + 1) * size], self._generator(step, 1)
+            step += 1
+
+    def _generator(self, position: int, purpose: int) -> torch.Generator:
+        seed = ((self.config.seed * 1000 + self.number) * 4 + purpose) * 2**20 + position
         return torch.Generator().manual_seed(seed % 2**63)
-
-    size = min(config.batch_size, count)
-    epoch, place = divmod(step, count // size)
-    order = torch.randperm(count, generator=generator(epoch, 2))
-    return order[place * size : (place + 1) * size], generator(step, 1)
 
 
 class _State:
     """All that changes during a training."""
 
-    def __init__(self, vae: VAE, config: GenerativeConfig) -> None:
-        self.vae, self.config, self.step = vae.train(), config, 0
-        self.cuda = next(vae.parameters()).is_cuda
-        self.optimizer = torch.optim.Adam(vae.parameters(), betas=(0.9, 0.99), fused=not self.cuda)
+    def __init__(self, vae: VAE, config: GenerativeConfig, count: int) -> None:
+        self.vae, self.config, self.step = vae, config, 0
+        device = next(vae.parameters()).device
+        self.latents = torch.zeros(count, config.latent_size, device=device)
+        self.variances = torch.ones(count, config.latent_size, device=device)
+        self._begin(vae)
 
-    def descend(self, batch: Tensor, generator: torch.Generator) -> float:
-        """One Adam step; the rate rises over the first 2 % of the steps, then falls as a cosine to 1 %."""
-        config, vae = self.config, self.vae
-        done = self.step / config.steps
-        encoding = done < config.encoded
-        vae.encoder.train(encoding).requires_grad_(encoding)
+    def _begin(self, module: nn.Module) -> None:
+        self.module = module
+        self.optimizer = torch.optim.Adam(module.parameters(), betas=(0.9, 0.99), fused=not self.latents.is_cuda)
+        self.vae.train()
+
+    def vae_step(self, batch: Tensor, generator: torch.Generator) -> float:
+        config = self.config
         batch = augment(batch, config.augmentation, generator)
-        mean, log_variance = vae.encoder(batch)
+        mean, log_variance = self.vae.encoder(batch)
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        reconstructions = vae.decoder(mean + noise * torch.exp(0.5 * log_variance))
-        loss = negative_elbo(batch, reconstructions, mean, log_variance, config.kl_weight(done))
+        reconstructions = self.vae.decoder(mean + noise * torch.exp(0.5 * log_variance))
+        loss = negative_elbo(batch, reconstructions, mean, log_variance, config.beta)
+        self._descend(loss, config.vae_learning_rate, self.step / config.vae_steps)
+        return float(loss.detach())
+
+    def begin_second_phase(self, images: Tensor) -> None:
+        """Give every image the latents and the variance its encoder infers."""
+        self.vae.eval()
+        with torch.no_grad():
+            moments = [self.vae.encoder(chunk) for chunk in images.split(256)]
+        self.latents = torch.cat([mean for mean, _ in moments])
+        self.variances = torch.cat([log_variance.exp() for _, log_variance in moments])
+        self._begin(self.vae.decoder)
+
+    def decoder_step(self, batch: Tensor, chosen: Tensor) -> float:
+        config = self.config
+        latents = self.latents[chosen].requires_grad_(True)
+        squared_error = (batch - self.vae.decoder(latents)).square().flatten(1).sum(1)  # (b,)
+        loss = (squared_error + config.beta / 2 * latents.square().sum(1)).mean()
+        self._descend(loss, config.decoder_learning_rate, (self.step - config.vae_steps) / config.decoder_steps)
+        assert latents.grad is not None
+        # the gradient of an image's own energy is len(batch) times that of the mean
+        self.latents[chosen] -= config.latent_rate * len(batch) * self.variances[chosen] * latents.grad
+        return float(loss.detach())
+
+    def _descend(self, loss: Tensor, learning_rate: float, done: float) -> None:
+        """One Adam step; the rate rises over the first 2 % of the phase, then falls as a cosine to 1 %."""
         self.optimizer.param_groups[0]["lr"] = (
-            config.learning_rate * min(1.0, (done + 1e-4) / 0.02) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+            learning_rate * min(1.0, (done + 1e-4) / 0.02) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
         )
         self.optimizer.zero_grad()
         torch.autograd.backward(loss)
         self.optimizer.step()
         self.step += 1
-        return float(loss.detach())
 
     def tensors(self) -> dict[str, Tensor]:
         tensors = {f"vae.{name}": value for name, value in self.vae.state_dict().items()}
-        for name, parameter in self.vae.named_parameters():
+        tensors |= {"latents": self.latents, "variances": self.variances}
+        for name, parameter in self.module.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer.{name}.{key}"] = value
         return tensors
 
     def restore(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
         self.step = int(meta["step"])
+        device = self.latents.device
         self.vae.load_state_dict({name[4:]: value for name, value in tensors.items() if name.startswith("vae.")})
-        for name, parameter in self.vae.named_parameters():
+        self.latents, self.variances = tensors["latents"].to(device), tensors["variances"].to(device)
+        self._begin(self.vae.decoder if self.step > self.config.vae_steps else self.vae)
+        for name, parameter in self.module.named_parameters():
             prefix = f"optimizer.{name}."
             self.optimizer.state[parameter] = {
                 # as the parameter lies in memory, which a fused step takes for granted; its step count is on the CPU

@@ -102,7 +102,7 @@ def train(
 
     A training that was stopped, by Ctrl-C or ``kill -9``, continues when called again with the same arguments.
     ``effort`` scales the number of steps: 1 is the shipped quality. "binary-abs" and "prototype-abs" need the "abs"
-    weights in ``out`` and train them first if they are missing. The autoencoders are trained in
+    weights in ``out`` and train them first if they are missing. The first two phases of the generative models run in
     processes on the CPU, all else on ``device``. Raises InputError for unknown names, for checkpoints of another
     training and for a device that is not there.
     """
@@ -125,7 +125,8 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
     config = replace(
         base,
         shared_steps=max(1, round(base.shared_steps * effort)),
-        steps=max(1, round(base.steps * effort)),
+        vae_steps=max(1, round(base.vae_steps * effort)),
+        decoder_steps=max(1, round(base.decoder_steps * effort)),
     )
     cycles = [
         replace(cycle, seed=100 * run.seed + number, rounds=max(1, round(cycle.rounds * min(1.0, effort))))
@@ -133,7 +134,7 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
     ]
     sizes = VAEConfig(run.train[0].shape[-1], run.train[0].shape[1], config.latent_size)
     rounds = sum(cycle.rounds for cycle in cycles) * run.classes * STAGES
-    # a stage of the contrast takes about as long for a class as this many steps of its autoencoder
+    # a stage of the contrast takes about as long for a class as this many steps of its first two phases
     scale = 800
     whole = config.shared_steps + run.classes * config.steps + rounds * scale
 
@@ -146,7 +147,7 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
     )
     decoders = [one.vae.decoder for one in trained]
     starts = torch.stack([choose_candidates(one.latents, CANDIDATES, run.seed) for one in trained])
-    before = whole - rounds * scale  # steps that are over
+    before = whole - rounds * scale  # steps of the phases and cycles that are over
     for number, cycle in enumerate(cycles):
         decoders, own, rival = sharpen(
             decoders, starts.half().float(), *run.placed(run.train), sizes, cycle,
