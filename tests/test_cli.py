@@ -15,6 +15,7 @@ import pytest
 import absynth
 from absynth import data, weight_files, zoo
 from absynth.cli import app
+from absynth.cli.output import progress
 from absynth.reproduction import evaluate_models
 from command_line import Run, assert_error, document
 
@@ -134,6 +135,17 @@ def test_closed_pipe_and_full_disk(weights: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error: No space left on device")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_long_work_says_where_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a terminal: a line for every tenth and, within a tenth that takes long, for every five minutes."""
+    clock = iter([1000.0, 1010.0, 1400.0, 1410.0, 1420.0])
+    monkeypatch.setattr("absynth.cli.output.time.monotonic", lambda: next(clock))
+    with progress("reproducing") as report:
+        for done, text in ((1, "abs"), (2, "cnn"), (3, "madry"), (9, "madry"), (10, "")):
+            report(done, 50, text)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["reproducing: 2 % (abs)", "reproducing: 6 % (madry)", "reproducing: 18 % (madry)", "reproducing: 20 %"]
 
 
 def test_usage_error(run: Run) -> None:

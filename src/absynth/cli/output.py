@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 Report = Callable[[int, int, str], None]  # (steps done, steps in all, a line to show)
+SILENCE = 300.0  # seconds without a line that a reader of a log file puts up with
 
 
 class Stopped(Exception):
@@ -54,7 +56,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
 
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Report]:
-    """A progress bar with the time left on stderr; where stderr is no terminal, a line for every tenth."""
+    """A progress bar with the time left on stderr; where stderr is no terminal, a line for every tenth, and for every
+    five minutes."""
     if not sys.stderr.isatty():
         yield _lines(title)
         return
@@ -83,14 +86,14 @@ def progress(title: str) -> Iterator[Report]:
 
 
 def _lines(title: str) -> Report:
-    shown = -1
+    shown, said = -1, 0.0
 
     def report(done: int, total: int, text: str) -> None:
-        nonlocal shown
-        tenth = 10 * done // max(total, 1)
-        if tenth != shown:
-            shown = tenth
-            note(f"{title}: {10 * tenth} %" + (f" ({text})" if text else ""))
+        nonlocal shown, said
+        tenth, now = 10 * done // max(total, 1), time.monotonic()
+        if tenth != shown or now - said >= SILENCE:
+            shown, said = tenth, now
+            note(f"{title}: {100 * done // max(total, 1)} %" + (f" ({text})" if text else ""))
 
     return report
 
