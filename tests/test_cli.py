@@ -145,7 +145,12 @@ def test_long_work_says_where_it_is(capsys: pytest.CaptureFixture[str], monkeypa
         for done, text in ((1, "abs"), (2, "cnn"), (3, "madry"), (9, "madry"), (10, "")):
             report(done, 50, text)
     lines = capsys.readouterr().err.splitlines()
-    assert lines == ["reproducing: 2 % (abs)", "reproducing: 6 % (madry)", "reproducing: 18 % (madry)", "reproducing: 20 %"]
+    assert lines == [
+        "reproducing: 2 % (abs)",
+        "reproducing: 6 % (madry)",
+        "reproducing: 18 % (madry)",
+        "reproducing: 20 %",
+    ]
 
 
 def test_usage_error(run: Run) -> None:

@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -45,9 +45,16 @@ def probe_model(plan: Plan, classifier: Classifier, images: Tensor, labels: Tens
     ledger.add_probe(plan.model_digest, "model", "", found)
 
 
-def probe_attacks(plan: Plan, classifier: Classifier, images: Tensor, labels: Tensor, ledger: Ledger) -> None:
+def probe_attacks(
+    plan: Plan,
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    ledger: Ledger,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
     """Plant adversarials for the white-box attacks to find, and run attacks with half of their steps. Once an
-    attack."""
+    attack. ``progress`` is called after each attack with how many are done, of how many, and its name."""
     model = plan.model_digest
     clean = {row.image: row for row in ledger.clean(model)}
     sound = [i for i in plan.images if clean[i].logits is not None and not clean[i].broken]
@@ -57,7 +64,7 @@ def probe_attacks(plan: Plan, classifier: Classifier, images: Tensor, labels: Te
     distances = {
         (row.attack, row.image): row.distance for row in ledger.rows(model, images=False) if row.status != "error"
     }
-    for attack in plan.attacks:
+    for number, attack in enumerate(plan.attacks):
         name = repr(attack)
         if attack.kind == "minimum" and attack.knowledge == "gradient" and ("planted", name) not in done:
             doubts = planted_doubts(model, attack, classifier, sound[:PLANTED], images, labels, plan.seed)
@@ -68,6 +75,8 @@ def probe_attacks(plan: Plan, classifier: Classifier, images: Tensor, labels: Te
             rows = run_job(Job(half, tuple(index)), classifier, images[index], labels[index], clean, model, plan.seed)
             full = [distances[name, image] for image in index]
             ledger.add_probe(model, "steps", name, steps_doubts(model, attack.name, [r.distance for r in rows], full))
+        if progress is not None:
+            progress(number + 1, len(plan.attacks), attack.name)
 
 
 def model_doubts(model: str, classifier: Classifier, images: Tensor, labels: Tensor) -> list[Doubt]:

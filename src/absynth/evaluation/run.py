@@ -31,7 +31,11 @@ Executor = Callable[[Plan, Sequence[Job], Tensor, Tensor, Mapping[int, CleanRow]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an evaluation is: rows ``done`` of ``total``, what was done last, and the seconds left at this pace."""
+    """How far an evaluation is: rows ``done`` of ``total``, what was done last, and the seconds left at this pace.
+
+    Once all rows are there the attacks themselves are put to the test, which takes as long again on a few images:
+    ``done`` is ``total`` then, and ``attack`` says which of them, for example "fmn-l2, put to the test, 3 of 7".
+    """
 
     done: int
     total: int
@@ -120,8 +124,16 @@ def run(
         if progress is not None:
             pace = (time.monotonic() - started) / (done - before)
             progress(Progress(done, total, _listed_name(job.attack), pace * (total - done)))
-    if probe:
-        doubting.probe_attacks(plan, classifier, images, labels, ledger)
+    if not probe:
+        return
+    began = time.monotonic()
+
+    def tell(tested: int, attacks: int, attack: str) -> None:
+        if progress is not None:
+            left = (time.monotonic() - began) / tested * (attacks - tested)
+            progress(Progress(total, total, f"{attack}, put to the test, {tested} of {attacks}", left))
+
+    doubting.probe_attacks(plan, classifier, images, labels, ledger, tell)
 
 
 def here(classifier: Classifier) -> Executor:
