@@ -16,7 +16,8 @@ import absynth
 from absynth import data, weight_files, zoo
 from absynth.cli import app
 from absynth.cli.output import progress
-from absynth.reproduction import evaluate_models
+from absynth.evaluation import load_distal, save_distal
+from absynth.reproduction import distal_images, evaluate_models
 from command_line import Run, assert_error, document
 
 ROOT = Path(__file__).parent.parent
@@ -278,6 +279,33 @@ def test_attacked(run: Run, weights: Path, tmp_path: Path) -> None:
     files = document(run("report", tmp_path / "one", "--json"))
     assert all(Path(path).stat().st_size > 0 for path in files.values())
     assert_error(run("report", tmp_path / "nothing"), "nothing")
+
+
+def test_distal_images_go_on_after_the_last_model(weights: Path, tmp_path: Path) -> None:
+    def images(*models: str, target: int = 1, stop: str | None = None) -> list[str]:
+        """The models whose images were made."""
+        made: list[str] = []
+
+        def tell(_done: int, _total: int, name: str) -> None:
+            if name == stop:
+                raise KeyboardInterrupt
+            made.append(name)
+
+        found = distal_images(
+            models, tmp_path, dataset="digits", target=target, count=2, steps=1, weights=weights, progress=tell
+        )
+        assert list(found) == list(models)
+        return made
+
+    with pytest.raises(KeyboardInterrupt):
+        images("cnn", "abs", stop="abs")
+    assert list(load_distal(tmp_path)) == ["cnn"]
+    assert images("cnn", "abs") == ["abs"] and images("abs", "cnn") == []
+    assert images("transfer-cnn") == ["transfer-cnn"]
+    assert list(load_distal(tmp_path)) == ["transfer-cnn", "cnn", "abs"]  # what is there stays
+    assert images("cnn", target=2) == ["cnn"] and list(load_distal(tmp_path)) == ["cnn"]  # made another way
+    save_distal(tmp_path, load_distal(tmp_path))  # nobody knows how these were made
+    assert images("cnn", target=2) == ["cnn"]
 
 
 def test_progress_rises_from_model_to_model(weights: Path, tmp_path: Path) -> None:

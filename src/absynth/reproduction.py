@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,11 +24,13 @@ from absynth.evaluation import (
     certify,
     distal,
     evaluate,
+    model_digest,
     save_distal,
     summarize,
     verify,
 )
 from absynth.evaluation.certify import check_request
+from absynth.evaluation.distal import made_distal
 from absynth.evaluation.folders import ledger_folders, rows_at_hand
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.reporting import Report, report
@@ -166,23 +170,39 @@ def distal_images(
     weights: str | Path | None = None,
     root: str | Path | None = None,
     progress: Told | None = None,
+    device: str | torch.device = "cpu",
 ) -> dict[str, Distal]:
-    """What each model calls class ``target`` with over 90 % although it began as noise; written into ``out``."""
+    """What each model calls class ``target`` with over 90 % although it began as noise; written into ``out``.
+
+    Written after each model, so that the same call goes on after the last one that was finished. What is there of other
+    models, made the same way, stays.
+    """
+    place = usable_device(device)
     images, _ = data.load(dataset, "test", root)
     channels, height, width = images.shape[1:]
-    found = {}
+    shape = (channels, height, width)
+    way = {"target": target, "count": count, "steps": steps, "seed": seed, "shape": shape}
+    there = {name: kept for name, kept in made_distal(out).items() if _same_way(kept[1], way)}
     for name in models:
+        classifier = load_any(name, weights=weights, root=root).to(place)
+        how = json.dumps({"model": model_digest(classifier), **way})
+        if name in there and there[name][1] == how:
+            continue
 
         def tell(done: int, total: int, name: str = name) -> None:
             if progress is not None:
                 progress(done, total, name)
 
-        found[name] = distal(
-            load_any(name, weights=weights, root=root), target, count=count, shape=(channels, height, width),
-            steps=steps, seed=seed, progress=tell,
-        )  # fmt: skip
-    save_distal(out, found)
-    return found
+        one = distal(classifier, target, count=count, shape=shape, steps=steps, seed=seed, progress=tell)
+        there[name] = one, how
+        names = [*(name for name in models if name in there), *(name for name in there if name not in models)]
+        save_distal(out, {name: there[name][0] for name in names}, {name: there[name][1] for name in names})
+    return {name: there[name][0] for name in models}
+
+
+def _same_way(how: str, way: Mapping[str, Any]) -> bool:
+    """Whether images made so, as ``distal_images`` writes it down, differ in the model at most."""
+    return {**json.loads(how), "model": None} == {**json.loads(json.dumps(way)), "model": None}
 
 
 def reproduce(
@@ -207,5 +227,5 @@ def reproduce(
         models, dataset, suite=suite, images=images, out=out, seed=seed, weights=weights, root=root, progress=progress,
         cluster=cluster, device=device,
     )  # fmt: skip
-    distal_images(models, out, dataset=dataset, seed=seed, weights=weights, root=root, progress=progress)
+    distal_images(models, out, dataset=dataset, seed=seed, weights=weights, root=root, progress=progress, device=device)
     return report(out)

@@ -174,18 +174,20 @@ def distal(
     out: Annotated[Path, typer.Option(help="Run folder; the report shows the images.")] = Path("runs/evaluation"),
     data: Data = "mnist",
     seed: Seed = 0,
+    device: Device = "cpu",
     weights: Weights = None,
     root: Root = None,
     json: Json = False,
 ) -> None:
     """Turn noise into what each model is sure of."""
     models = model or _at_hand(weights, root, cheap=True)
+    from absynth.evaluation.distal import FILE_NAME
     from absynth.reproduction import distal_images
 
-    with kept(), progress("distal images") as report:
+    with kept("the images of all finished models are", out / FILE_NAME), progress("distal images") as report:
         found = distal_images(
             models, out, dataset=data, target=target, count=count, steps=steps, seed=seed, weights=weights, root=root,
-            progress=report,
+            progress=report, device=device,
         )  # fmt: skip
     if json:
         emit(

@@ -104,8 +104,9 @@ def distal(
     return Distal(starts.cpu(), images.cpu(), targets, first[:, target].cpu(), confidences.cpu(), taken)
 
 
-def save_distal(folder: str | Path, found: Mapping[str, Distal]) -> Path:
-    """Write the distal images of several models, by name, into a run folder, where the report finds them."""
+def save_distal(folder: str | Path, found: Mapping[str, Distal], made: Mapping[str, str] | None = None) -> Path:
+    """Write the distal images of several models, by name, into a run folder, where the report finds them. ``made``
+    says for each model what its images were made of and how, for ``made_distal``."""
     path = Path(folder) / FILE_NAME
     tensors = {
         f"{i}.{key}": value.contiguous().clone()
@@ -114,24 +115,37 @@ def save_distal(folder: str | Path, found: Mapping[str, Distal]) -> Path:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    safetensors.torch.save_file(tensors, temporary, {"models": json.dumps(list(found))})
+    header = {"models": json.dumps(list(found)), "made": json.dumps(dict(made or {}))}
+    safetensors.torch.save_file(tensors, temporary, header)
     temporary.replace(path)
     return path
 
 
 def load_distal(folder: str | Path) -> dict[str, Distal]:
     """What ``save_distal`` wrote; empty where there is nothing. Raises InputError for a damaged file."""
+    return _read(folder)[0]
+
+
+def made_distal(folder: str | Path) -> dict[str, tuple[Distal, str]]:
+    """By name, the images whose making ``save_distal`` was told, and what it was told. Raises InputError for a damaged
+    file."""
+    found, made = _read(folder)
+    return {name: (found[name], how) for name, how in made.items() if name in found}
+
+
+def _read(folder: str | Path) -> tuple[dict[str, Distal], dict[str, str]]:
     path = Path(folder) / FILE_NAME
     if not path.is_file():
-        return {}
+        return {}, {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = json.loads(file.metadata()["models"])
+            header = file.metadata()
+            names, made = json.loads(header["models"]), dict(json.loads(header.get("made", "{}")))
             return {
                 name: Distal(**{key: file.get_tensor(f"{i}.{key}") for key in Distal.__dataclass_fields__})
                 for i, name in enumerate(names)
-            }
-    except (safetensors.SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            }, made
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}): delete it and run `absynth distal` again") from error
 
 
