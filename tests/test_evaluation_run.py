@@ -160,13 +160,14 @@ def test_resuming_is_a_set_difference(tmp_path: Path, finished: Path) -> None:
 def test_attacks_put_to_the_test_are_work_that_shows(tmp_path: Path) -> None:
     seen: list[Progress] = []
     run(tmp_path, probe=True, progress=seen.append)
-    assert [one.done for one in seen if "put to the test" not in one.attack][-1] == 32
-    tested = [one for one in seen if "put to the test" in one.attack]
-    assert [one.attack.rsplit(", ", 1)[1] for one in tested] == [
-        f"{n} of {len(SUITE)}" for n in range(1, len(SUITE) + 1)
-    ]
-    assert seen[-len(tested) :] == tested and tested[0].attack.startswith(SUITE[0].name)
-    assert all(one.done == one.total == 32 for one in tested) and tested[-1].seconds_left == 0
+    tests = [one for one in seen if one.attack.startswith("testing ")]
+    assert (
+        [one.attack for one in tests] == [f"testing {attack.name}" for attack in SUITE] == [o.attack for o in seen[-4:]]
+    )
+    assert [one.done for one in tests] == [35, 38, 41, 44]  # three images each, after 32 rows
+    assert all(one.total == 44 for one in seen) and seen[-1].seconds_left == 0
+    run(tmp_path, probe=True, progress=seen.append)
+    assert len(seen) == len({one.done for one in seen}) + len(SUITE)  # asked again, they are done at once
 
 
 def test_more_images_and_attacks_extend_a_run(tmp_path: Path, finished: Path) -> None:

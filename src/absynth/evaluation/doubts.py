@@ -51,10 +51,10 @@ def probe_attacks(
     images: Tensor,
     labels: Tensor,
     ledger: Ledger,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[Attack], None] | None = None,
 ) -> None:
     """Plant adversarials for the white-box attacks to find, and run attacks with half of their steps. Once an
-    attack. ``progress`` is called after each attack with how many are done, of how many, and its name."""
+    attack. ``progress`` is called with each attack that is done."""
     model = plan.model_digest
     clean = {row.image: row for row in ledger.clean(model)}
     sound = [i for i in plan.images if clean[i].logits is not None and not clean[i].broken]
@@ -64,7 +64,7 @@ def probe_attacks(
     distances = {
         (row.attack, row.image): row.distance for row in ledger.rows(model, images=False) if row.status != "error"
     }
-    for number, attack in enumerate(plan.attacks):
+    for attack in plan.attacks:
         name = repr(attack)
         if attack.kind == "minimum" and attack.knowledge == "gradient" and ("planted", name) not in done:
             doubts = planted_doubts(model, attack, classifier, sound[:PLANTED], images, labels, plan.seed)
@@ -76,7 +76,7 @@ def probe_attacks(
             full = [distances[name, image] for image in index]
             ledger.add_probe(model, "steps", name, steps_doubts(model, attack.name, [r.distance for r in rows], full))
         if progress is not None:
-            progress(number + 1, len(plan.attacks), attack.name)
+            progress(attack)
 
 
 def model_doubts(model: str, classifier: Classifier, images: Tensor, labels: Tensor) -> list[Doubt]:

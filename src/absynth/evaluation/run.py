@@ -31,10 +31,9 @@ Executor = Callable[[Plan, Sequence[Job], Tensor, Tensor, Mapping[int, CleanRow]
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an evaluation is: rows ``done`` of ``total``, what was done last, and the seconds left at this pace.
+    """How far an evaluation is: steps ``done`` of ``total``, what was done last, and the seconds left at this pace.
 
-    Once all rows are there the attacks themselves are put to the test, which takes as long again on a few images:
-    ``done`` is ``total`` then, and ``attack`` says which of them, for example "fmn-l2, put to the test, 3 of 7".
+    A step is a row. Where the attacks are put to the test afterwards, each test counts as many as images it is made on.
     """
 
     done: int
@@ -115,25 +114,25 @@ def run(
     if probe:
         doubting.probe_model(plan, classifier, images, labels, ledger)
     jobs = plan.jobs(ledger.keys(plan.model_digest))
-    total = len(plan.attacks) * len(plan.images)
-    done = total - sum(len(job.images) for job in jobs)
+    rows_in_all, test = len(plan.attacks) * len(plan.images), min(doubting.HALVED, len(plan.images))
+    total = rows_in_all + (len(plan.attacks) * test if probe else 0)
+    done = rows_in_all - sum(len(job.images) for job in jobs)
     started, before = time.monotonic(), done
-    for job, rows in (executor or here(classifier))(plan, jobs, images, labels, clean):
-        ledger.add_rows(rows)
-        done += len(job.images)
+
+    def tell(steps: int, what: str) -> None:
+        nonlocal done
+        done += steps
         if progress is not None:
             pace = (time.monotonic() - started) / (done - before)
-            progress(Progress(done, total, _listed_name(job.attack), pace * (total - done)))
-    if not probe:
-        return
-    began = time.monotonic()
+            progress(Progress(done, total, what, pace * (total - done)))
 
-    def tell(tested: int, attacks: int, attack: str) -> None:
-        if progress is not None:
-            left = (time.monotonic() - began) / tested * (attacks - tested)
-            progress(Progress(total, total, f"{attack}, put to the test, {tested} of {attacks}", left))
-
-    doubting.probe_attacks(plan, classifier, images, labels, ledger, tell)
+    for job, rows in (executor or here(classifier))(plan, jobs, images, labels, clean):
+        ledger.add_rows(rows)
+        tell(len(job.images), _listed_name(job.attack))
+    if probe:
+        doubting.probe_attacks(
+            plan, classifier, images, labels, ledger, lambda attack: tell(test, f"testing {_listed_name(attack)}")
+        )
 
 
 def here(classifier: Classifier) -> Executor:
