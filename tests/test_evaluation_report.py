@@ -27,6 +27,7 @@ from absynth.evaluation.figures import adversarials, curve, to_png, to_svg
 from absynth.evaluation.paper import MODELS, paper_attacks, published, published_clean, published_curve
 from absynth.evaluation.tables import number, percent
 from absynth.norms import L0, L2, LINF
+from absynth.responses import Ramp
 
 SUITE = (BoundaryProjection(L2), DeepFool(L2), BoundaryProjection(LINF), BoundaryProjection(L0))
 
@@ -212,6 +213,28 @@ class Flat(models.Linear):
 def test_distal_images_of_a_model_whose_probabilities_vanish() -> None:
     found = distal(Flat(), 1, count=2, shape=(1, 8, 8), steps=500, learning_rate=0.05)
     assert (found.start_confidences < 0.4).all() and (found.confidences > 0.9).all()
+
+
+class Behind(Flat):
+    """The same behind a ramp, on whose flat parts four of five pixels lie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.response = Ramp(0.4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(self.response(images))
+
+
+def test_distal_images_behind_a_ramp() -> None:
+    """Its flat parts hide the gradient of most pixels; a response that cannot be left again would end in noise."""
+    net = Behind()
+    found = distal(net, 1, count=2, shape=(1, 8, 8), steps=500, learning_rate=0.05)
+    assert (found.start_confidences < 0.4).all() and (found.confidences > 0.9).all() and (found.steps > 0).all()
+    assert ((found.images >= 0) & (found.images <= 1)).all()
+    assert torch.allclose(net.probabilities(found.images)[:, 1], found.confidences, atol=1e-6)
+    untouched = distal(net, 1, count=2, shape=(1, 8, 8), steps=0)
+    assert torch.equal(untouched.images, untouched.starts)
 
 
 def test_distal_images_are_saved_and_read(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from absynth.attacks.queries import Following, can_follow, rows_of
 from absynth.errors import InputError
 from absynth.evaluation.judge import device_of
 from absynth.evaluation.plan import row_seed
+from absynth.responses import ramp_of
 
 FILE_NAME = "distal.safetensors"
+EDGE = 1e-6  # how near a response comes to the ramp's ends, at which float32 may see none of its gradient
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ def distal(
 
     The paper's procedure: gradient ascent with momentum on the image, kept in [0,1]. Where the probability is flat to
     float32, as that of a generative model is far from everything it knows, the logit is ascended instead until it is
-    not. Each image's noise depends on ``seed`` and its number alone, and an image that is done costs nothing more.
+    not. Behind a ramp, whose flat parts hide the gradient, the response ascends, and the image is one that has it.
+    Each image's noise depends on ``seed`` and its number alone, and an image that is done costs nothing more.
     ``progress`` is called with steps done and ``steps``.
 
     Raises InputError for a class the model does not have and for a model that returns no probabilities (n,K).
@@ -77,29 +80,40 @@ def distal(
         raise InputError(f"the model returned {tuple(first.shape)} for {count} images: expected ({count}, K)")
     if not 0 <= target < first.shape[1]:
         raise InputError(f"class {target} is out of range: the model has {first.shape[1]}, numbered from 0")
-    images, velocity = starts.clone(), torch.zeros_like(starts)
+    ramp, low, high = ramp_of(classifier), 0.0, 1.0
+    seen = starts.clone()  # what ascends: images, or the ramp's responses to them
+    if ramp is not None:
+        low, high = EDGE, 1 - EDGE
+        seen = ramp(starts).clamp(low, high)
+
+    def shown(seen: Tensor) -> Tensor:
+        return seen if ramp is None else ramp.inverse(seen)
+
+    velocity = torch.zeros_like(starts)
     confidences, taken = first[:, target].clone(), torch.zeros(count, dtype=torch.int64)
     # A classifier that searches starts from what it found for the image one step before.
     asked = Following(classifier, count) if can_follow(classifier) else classifier
     todo = torch.arange(count, device=device)
     for step in range(steps + 1):
-        confidences[todo], gradient = _ascent(rows_of(asked, todo), classifier, images[todo], target)
+        confidences[todo], gradient = _ascent(rows_of(asked, todo), classifier, shown, seen[todo], target)
         sure = todo[confidences[todo] > confidence]
         if asked is not classifier and len(sure):  # it counts when a fresh search says so
             with torch.no_grad():
-                confidences[sure] = probabilities(classifier, images[sure])[:, target]
+                confidences[sure] = probabilities(classifier, shown(seen[sure]))[:, target]
         going = confidences[todo] <= confidence
         todo, gradient = todo[going], gradient[going]
         if step == steps or not len(todo):
             break
         velocity[todo] = momentum * velocity[todo] + gradient
-        images[todo] = (images[todo] + learning_rate * velocity[todo]).clamp(0, 1)
+        seen[todo] = (seen[todo] + learning_rate * velocity[todo]).clamp(low, high)
         taken[todo.cpu()] = step + 1
         if progress is not None:
             progress(step + 1, steps)
     if asked is not classifier and len(todo):
         with torch.no_grad():
-            confidences[todo] = probabilities(classifier, images[todo])[:, target]
+            confidences[todo] = probabilities(classifier, shown(seen[todo]))[:, target]
+    moved = (taken > 0).to(device).view(-1, 1, 1, 1)  # (n,1,1,1)
+    images = torch.where(moved, shown(seen), starts)
     targets = torch.full((count,), target)
     return Distal(starts.cpu(), images.cpu(), targets, first[:, target].cpu(), confidences.cpu(), taken)
 
@@ -149,12 +163,15 @@ def _read(folder: str | Path) -> tuple[dict[str, Distal], dict[str, str]]:
         raise InputError(f"{path} is damaged ({error}): delete it and run `absynth distal` again") from error
 
 
-def _ascent(asked: Classifier, classifier: Classifier, images: Tensor, target: int) -> tuple[Tensor, Tensor]:
-    """The probability (n,) of ``target`` and the gradient (n,C,H,W) of its logarithm; of its logit for the images where
-    that vanishes. ``asked`` gives the logits of ``classifier``."""
-    variable = images.detach().requires_grad_()
-    logits = asked(variable)
-    shares = _shares(classifier, variable, logits)[:, target]
+def _ascent(
+    asked: Classifier, classifier: Classifier, shown: Callable[[Tensor], Tensor], seen: Tensor, target: int
+) -> tuple[Tensor, Tensor]:
+    """The probability (n,) of ``target`` for the images ``shown(seen)`` and the gradient (n,C,H,W) of its logarithm by
+    ``seen``; of its logit where that vanishes. ``asked`` gives the logits of ``classifier``."""
+    variable = seen.detach().requires_grad_()
+    images = shown(variable)
+    logits = asked(images)
+    shares = _shares(classifier, images, logits)[:, target]
     # The smallest normal float32 keeps the logarithm finite and its gradient zero where the probability underflows.
     log = shares.clamp(min=torch.finfo(torch.float32).tiny).log()
     (gradient,) = torch.autograd.grad(log.sum(), variable, retain_graph=True)

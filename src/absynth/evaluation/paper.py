@@ -33,6 +33,7 @@ NAMES: Mapping[str, str] = {
     "l2-adversarial": "L2 adversarial",
     "msd": "MSD",
     "smoothed-cnn": "Smoothed CNN",
+    "transfer-cnn": "Transfer CNN",
 }
 
 
