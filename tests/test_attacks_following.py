@@ -22,9 +22,10 @@ from absynth.attacks.hop_skip_jump import HopSkipJump
 from absynth.attacks.noise import GaussianNoise, SaltAndPepper
 from absynth.attacks.pointwise import Pointwise
 from absynth.attacks.queries import CountingClassifier, Following
+from absynth.attacks.ramp_projection import RampGreedy, RampProjection
 from absynth.attacks.search import SmallestRadius
 from absynth.attacks.sparse import SigmaZero
-from absynth.norms import L2
+from absynth.norms import L0, L2
 from absynth.responses import Threshold
 from attack_models import SIDE, images_near, prototypes
 
@@ -245,6 +246,15 @@ def test_attacks_follow_and_what_they_return_holds(attack: Attack) -> None:
     assert warm.found.all() and goal.met(MODEL(warm.images)).all()
     ratio = attack.norm.distance(warm.images, images) / attack.norm.distance(cold.images, images)
     assert (ratio < 1.5).all()
+
+
+@pytest.mark.parametrize("attack", [RampProjection(L2), RampProjection(L0), RampGreedy()])
+def test_attacks_through_a_ramp_ask_every_question_cold(attack: Attack) -> None:
+    # Of saturating ABS, following leaves adversarials 3 % farther in the mean, on single images by a third.
+    images, labels = images_near(MODEL, 3)
+    model = Remembering(MODEL, 0.02)
+    result = attack(model, images, Goal.untargeted(labels), torch.arange(3))
+    assert result.found.all() and model.followed == 0
 
 
 @pytest.mark.parametrize("attack", SMALL.values(), ids=SMALL)
