@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from absynth import data, zoo
 from absynth.certificates import certified_radii
@@ -100,6 +101,29 @@ def test_attacks_and_certificates_share_a_ledger_that_verifies(weights: Path, tm
         ledger.add_certificates([replace(first, radius=1e6)])
     checked = verify(tmp_path, models={"ours": model})
     assert any("certifies 1e+06" in failure.reason for failure in checked.failures)
+
+
+class Rolled(nn.Module):
+    """A model that answers something else than its prototypes say."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        answer: Tensor = self.model(images).roll(1, dims=1)
+        return answer
+
+    def prototypes(self) -> Any:
+        return self.model.prototypes()  # type: ignore[operator]
+
+
+def test_a_model_that_disagrees_with_its_prototypes_is_not_certified(weights: Path, tmp_path: Path) -> None:
+    model = zoo.load("nearest-neighbor", folder=weights)
+    with pytest.raises(InputError, match=r"misclassifies image \d+ and \d+ more of 20, which its prototypes\(\)"):
+        certify(Rolled(model), "digits", images=20, out=tmp_path, norms=("l2",), name="rolled")
+    with Ledger(tmp_path) as ledger:
+        assert not ledger.certificates(ledger.models()[0].digest)
 
 
 def test_the_report_shows_them(weights: Path, tmp_path: Path) -> None:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import absynth
-from absynth import data
-from absynth.clean import measure
+from absynth import data, zoo
+from absynth.clean import answers, measure
 from absynth.cli import evaluation
 from absynth.errors import InputError
+from small_models import write_all
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_all(tmp_path_factory.mktemp("weights"))
 
 
 def test_measure_exactly() -> None:
@@ -39,12 +46,13 @@ def test_measure_exactly() -> None:
         (lambda x: x.flatten(1)[:1], r"returned shape \(1, 784\) for 4 images"),
         (lambda x: (x.flatten(1),), "returned a tuple for 4 images"),
         (lambda x: torch.where(torch.arange(4)[:, None] == 2, torch.nan, x.flatten(1)), "returned NaN for 1 of 4"),
+        (lambda x: x.flatten(1) - torch.inf, "returned infinity for 4 of 4"),
         (
             lambda x: x.flatten(1) @ x.flatten(1),
             r"raised RuntimeError: .* on images \(4, 1, 28, 28\): it has to",
         ),
     ],
-    ids=["one-number", "one-row", "tuple", "nan", "raises"],
+    ids=["one-number", "one-row", "tuple", "nan", "infinity", "raises"],
 )
 def test_a_model_whose_answers_are_no_logits_is_named_and_not_measured(
     answer: Callable[[torch.Tensor], torch.Tensor], message: str
@@ -58,3 +66,29 @@ def test_what_takes_days_is_attacked_only_when_asked_for(capsys: pytest.CaptureF
     clean, attacked = (evaluation._at_hand(None, None, cheap=cheap) for cheap in (False, True))
     assert set(clean) - set(attacked) == {"smoothed-cnn"}
     assert "--model smoothed-cnn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "doubt"),
+    [
+        (lambda x: x.flatten(1)[:, :10].softmax(1), "returns probabilities"),
+        (lambda x: x.flatten(1)[:, :10] + torch.randn(len(x), 10), "changed between two calls"),
+        (lambda x: x.flatten(1)[:, 300:310] - x.mean(), "depends on its batch"),
+        (lambda x: x.flatten(1)[:, 300:310], ""),
+    ],
+    ids=["probabilities", "random", "batch", "sound"],
+)
+def test_what_is_measured_is_doubted(answer: Callable[[torch.Tensor], torch.Tensor], doubt: str) -> None:
+    images, labels = data.load("digits", "test")
+    found = measure(answer, images[:16], labels[:16])
+    assert len(found.doubts) == bool(doubt) and doubt in "".join(found.doubts)
+
+
+def test_refusing_real_digits_has_a_price_that_is_told(weights: Path) -> None:
+    model = zoo.load("abs", folder=weights)
+    images, labels = data.load("digits", "test")
+    found = measure(model, images[:40], labels[:40])
+    chosen, posterior = answers(model, images[:40])
+    kept = ~model.refuses(posterior)  # type: ignore[operator]
+    assert found.refused == 1 - kept.double().mean().item()
+    assert found.right_and_accepted == ((chosen == labels[:40]) & kept).double().mean().item()

@@ -15,11 +15,11 @@ import evaluation_models as models
 from absynth.attacks.base import Attack, Problem, Proposals
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.gradient import DeepFool, FastGradient
-from absynth.evaluation import Ledger, model_digest, report, verify
+from absynth.evaluation import Ledger, evaluate, model_digest, report, verify
 from absynth.evaluation.doubts import plant, planted_doubts, with_half_steps
 from absynth.evaluation.judge import judge
-from absynth.norms import L0, L2, LINF
-from evaluation_models import SUITE, Bad, Linear, run
+from absynth.norms import L0, L2, LINF, Norm
+from evaluation_models import SUITE, Bad, Linear, labeled, run
 
 # Models that misbehave
 
@@ -68,6 +68,48 @@ def test_one_bad_image_is_marked_and_the_rest_goes_on(tmp_path: Path, what: str)
     assert any(doubt.code == "errors" for doubt in summary["net"].doubts)
     again = verify(tmp_path, models={"net": Bad(what)})
     assert again.holds and (again.rows, again.errors) == (32, 4)
+
+
+@dataclass(frozen=True)
+class Probing(Attack):
+    """An attack that asks about a gray image first, and then finds the inverted image, or nothing."""
+
+    norm: Norm
+    finds: bool
+
+    family = "probing"
+    kind = "minimum"
+    knowledge = "decisions"
+    source = "test"
+    deterministic = True
+    queries = "1"
+
+    def search(self, problem: Problem) -> Proposals:
+        problem.met(torch.full_like(problem.images, 0.5))
+        found = torch.full((len(problem),), self.finds)
+        return Proposals(1 - problem.images if self.finds else problem.images, found)
+
+
+class Undefined(Linear):
+    """Linear, but for gray images, of which it says NaN."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        gray = (images == 0.5).flatten(1).all(1)
+        return torch.where(gray[:, None], torch.nan, super().forward(images))
+
+
+def test_nothing_found_among_answers_of_nan_is_not_robust(tmp_path: Path) -> None:
+    model = Undefined()
+    data = labeled(model, 8, wrong=0)
+    attacks = [Probing(L2, True), Probing(L2, False)]
+    summary = evaluate(model, data, suite=attacks, norms=("l2",), images=8, out=tmp_path, name="net", probe=False)
+    with Ledger(tmp_path) as ledger:
+        rows = ledger.rows(model_digest(model))
+    hits, rest = ([row for row in rows if f"finds={what}" in row.attack] for what in (True, False))
+    assert {row.status for row in hits} == {"found"} and {row.status for row in rest} == {"error"}
+    assert all("answered NaN to 1 of the attack's" in row.message for row in rows)
+    doubts = {doubt.code: doubt.message for doubt in summary["net"].doubts}
+    assert "on 8 images" in doubts["undefined"] and "8 images left out" in doubts["errors"]
 
 
 def test_a_report_on_errors_alone_draws_no_curve(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from absynth.evaluation.paper import MODELS, paper_attacks, published, published
 from absynth.evaluation.tables import number, percent
 from absynth.norms import L0, L2, LINF
 from absynth.responses import Ramp
+from evaluation_models import Linear, labeled
 
 SUITE = (BoundaryProjection(L2), DeepFool(L2), BoundaryProjection(LINF), BoundaryProjection(L0))
 
@@ -256,3 +257,30 @@ def test_distal_images_of_a_class_that_is_not_there() -> None:
 
 def test_json_of_a_whole_run_is_strict(reported: Path) -> None:
     json.dumps(summarize(reported).to_json(), allow_nan=False)
+
+
+def test_distal_images_alone_have_a_report(tmp_path: Path) -> None:
+    images = distal(Linear(), 1, count=2, shape=(1, 8, 8), steps=5)
+    save_distal(tmp_path / "distal", {"net": images})
+    files = report(tmp_path / "distal")
+    page, text = files.html.read_text(encoding="utf-8"), files.markdown.read_text(encoding="utf-8")
+    assert "nothing was attacked" in page and page.count("<img") == 1 and "<table" not in page
+    assert "| net | 1 |" in text and "Distal images alone" in text
+    # beside a run, in a folder of their own, they are shown with it
+    model = Linear()
+    pictures, labels = labeled(model)
+    run = tmp_path / "run"
+    evaluate(model, (pictures, labels), suite="fgm-l2", norms=("l2",), images=3, out=run, name="net", probe=False)
+    files = report(run, tmp_path / "distal")
+    assert "Distal images" in files.html.read_text(encoding="utf-8") and "## L2" in files.markdown.read_text("utf-8")
+    with pytest.raises(InputError, match="no evaluation in"):
+        report(tmp_path / "nothing")
+
+
+def test_no_warning_is_about_what_was_tried_and_says_so(tmp_path: Path) -> None:
+    model = Linear()
+    data = labeled(model)
+    evaluate(model, data, suite="boundary-projection-l2", norms=("l2",), images=8, out=tmp_path, name="net")
+    files = report(tmp_path)
+    for file in (files.html, files.markdown):
+        assert "None of what was tried, attacks in L2:" in file.read_text(encoding="utf-8")

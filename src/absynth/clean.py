@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from absynth import data, zoo
 from absynth.checks import check_logits, usable_device
 from absynth.errors import InputError
+from absynth.evaluation.doubts import PROBED, answer_doubts
 from absynth.evaluation.judge import device_of
 from absynth.evaluation.plan import image_indices, load_model
 from absynth.evaluation.statistics import wilson_interval
@@ -29,7 +30,9 @@ class Clean:
 
     ``interval``: 95 % interval of the accuracy (Wilson). ``log_likelihood``: mean of log p(true label | image), nats.
     ``median_confidence``: of the largest probability; ``confidence_histogram``: its counts in ten bins of equal width
-    from 0 to 1. ``refused``: share of images that the model says nothing explains; None if it cannot say so.
+    from 0 to 1. ``refused``: share of images that the model says nothing explains, ``right_and_accepted``: share that
+    is classified rightly and not refused; None if it cannot say so. ``doubts``: what its answers give reason to
+    mistrust (``absynth.evaluation.doubts``).
     """
 
     images: int
@@ -39,6 +42,8 @@ class Clean:
     median_confidence: float
     confidence_histogram: tuple[int, ...]
     refused: float | None
+    right_and_accepted: float | None = None
+    doubts: tuple[str, ...] = ()
 
 
 @torch.no_grad()
@@ -66,9 +71,12 @@ def _logits(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
             "[0,1] with logits (B,K)"
         ) from error
     checked = check_logits(logits, len(images))
-    bad = int(checked.isnan().any(1).sum())
+    bad = int((~checked.isfinite()).any(1).sum())
     if bad:
-        raise InputError(f"the model returned NaN for {bad} of {len(images)} images: expected logits that are numbers")
+        what = "NaN" if checked.isnan().any() else "infinity"
+        raise InputError(
+            f"the model returned {what} for {bad} of {len(images)} images: expected logits that are finite numbers"
+        )
     return checked
 
 
@@ -95,9 +103,12 @@ def measure(
         raise InputError(
             f"a label is {int(labels.max())}, the model has {found.shape[1]} classes: give the data set it was made for"
         )
-    right = int((torch.cat(given) == labels).sum())
+    is_right = torch.cat(given) == labels  # (N,)
+    right = int(is_right.sum())
     confidence = found.amax(1)
     refuses: Any = getattr(model, "refuses", None)
+    refused: Tensor | None = None if refuses is None else refuses(found)  # (N,)
+    doubts = answer_doubts(model, images[:PROBED].to(device))
     return Clean(
         images=len(images),
         clean_accuracy=right / len(images),
@@ -105,7 +116,9 @@ def measure(
         log_likelihood=found.gather(1, labels[:, None]).clamp_min(SMALLEST).log().mean().item(),
         median_confidence=confidence.median().item(),
         confidence_histogram=tuple(int(count) for count in torch.histc(confidence, BINS, 0, 1).tolist()),
-        refused=None if refuses is None else refuses(found).double().mean().item(),
+        refused=None if refused is None else refused.double().mean().item(),
+        right_and_accepted=None if refused is None else (is_right & ~refused).double().mean().item(),
+        doubts=tuple(message for _, message in doubts),
     )
 
 

@@ -53,7 +53,8 @@ def at_hand(weights: str | Path | None = None, root: str | Path | None = None) -
 def what_is_kept(out: str | Path) -> str:
     """A line about the rows that a run folder holds already; empty where there are none."""
     count = rows_at_hand(out)
-    return f"{out} holds {count:,} rows already: what has one is not attacked again" if count else ""
+    again = "what has one is not attacked again, and the table is of all of them"
+    return f"{out} holds {count:,} rows already: {again}" if count else ""
 
 
 def evaluate_models(

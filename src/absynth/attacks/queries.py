@@ -28,8 +28,9 @@ def rows_of(classifier: Callable[[Tensor], Tensor], rows: Tensor) -> Callable[[T
 class CountingClassifier:
     """A classifier that counts, for each of ``count`` images, how often it is asked.
 
-    ``forward`` and ``backward`` are (count,) int64: predictions, and gradients of a prediction. ``select`` makes a view
-    of some images that counts into the same tensors, so attacks that drop finished images are counted image by image.
+    ``forward`` and ``backward`` are (count,) int64: predictions, and gradients of a prediction; ``undefined`` of these
+    predictions were NaN. ``select`` makes a view of some images that counts into the same tensors, so attacks that drop
+    finished images are counted image by image.
     """
 
     def __init__(self, classifier: Callable[[Tensor], Tensor], count: int) -> None:
@@ -37,11 +38,13 @@ class CountingClassifier:
         self.rows = torch.arange(count)
         self.forward = torch.zeros(count, dtype=torch.int64)
         self.backward = torch.zeros(count, dtype=torch.int64)
+        self.undefined = torch.zeros(count, dtype=torch.int64)
 
     def select(self, rows: Tensor) -> CountingClassifier:
         """The view of the images ``rows`` (n,) of this view."""
         view = CountingClassifier(rows_of(self.classifier, rows), 0)
-        view.rows, view.forward, view.backward = self.rows[rows.cpu()], self.forward, self.backward
+        view.rows, view.undefined = self.rows[rows.cpu()], self.undefined
+        view.forward, view.backward = self.forward, self.backward
         return view
 
     @property
@@ -79,10 +82,12 @@ class CountingClassifier:
         """The inner classifier's ``around``, counted like any other question."""
         self._count(self.forward, images)
         logits: Tensor = self.classifier.around(images, before, owner)  # type: ignore[attr-defined]
-        return logits
+        return self._watched(logits)
 
     def _watched(self, logits: Tensor) -> Tensor:
-        """The logits, whose gradient is counted when it is asked for."""
+        """The logits, whose gradient is counted when it is asked for. Answers of NaN are counted."""
+        if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(self.rows):  # checked elsewhere
+            self.undefined.index_add_(0, self.rows, logits.detach().isnan().any(1).to(torch.int64).cpu())
         if logits.requires_grad:
             logits.register_hook(lambda gradient: self._count(self.backward, gradient))
         return logits

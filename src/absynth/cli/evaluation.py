@@ -272,12 +272,16 @@ def _show_clean(found: dict[str, Clean]) -> None:
             f"{one.log_likelihood:.4f}",
             f"{one.median_confidence:.3f}",
             percent(one.refused),
+            percent(one.right_and_accepted),
             _sparkline(one.confidence_histogram),
         )
         for name, one in found.items()
     ]
-    columns = ("model", "clean", "95 % interval", "log p(label)", "median confidence", "refused", "confidence 0 … 1")
-    table(columns, rows, right=columns[1:-1])
+    columns = ("model", "clean", "95 % interval", "log p(label)", "median confidence", "refused", "right, not refused")
+    table((*columns, "confidence 0 … 1"), rows, right=columns[1:])
+    for name, one in found.items():
+        for doubt in one.doubts:
+            note(f"warning: {name}: {doubt}")
 
 
 def show_attacked(summary: Summary) -> None:

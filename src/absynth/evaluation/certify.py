@@ -135,6 +135,7 @@ def certify(
         check_run(plan, ledger)
         prepare(plan, classifier, pictures, labels, ledger)
         known = {(one.image, one.method, one.norm) for one in ledger.certificates(plan.model_digest)}
+        broken = {row.image: row.broken or row.logits is None for row in ledger.clean(plan.model_digest)}
         left = [i for i in plan.images if any((i, method, norm) not in known for method, norm in methods.values())]
         done = len(plan.images) - len(left)
         for start in range(0, len(left), BATCH):
@@ -143,6 +144,8 @@ def certify(
             radii = find(pictures[index], labels[index])
             seconds += time.monotonic() - started
             fresh += len(index)
+            if not estimates:
+                _check_agreement(index, radii, broken)
             ledger.add_certificates(
                 Certificate(plan.model_digest, i, norm, float(radii[key][row]), method, kind, int(labels[i]))
                 for row, i in enumerate(index)
@@ -151,7 +154,6 @@ def certify(
             if progress is not None:
                 progress(done + fresh, len(plan.images), f"{seconds / fresh:.3f} s an image")
         stored = ledger.certificates(plan.model_digest)
-        broken = {row.image: row.broken for row in ledger.clean(plan.model_digest)}
     clean = sum(not broken[image] for image in plan.images) / len(plan.images)
     wanted = set(plan.images)
     found = {}
@@ -176,6 +178,18 @@ def certify(
             indices=tuple(one.image for one in own),
         )
     return found
+
+
+def _check_agreement(index: Sequence[int], radii: Mapping[str, Tensor], broken: Mapping[int, bool]) -> None:
+    """Raises InputError where an image that the model answers wrongly has a radius: what is proven is proven of the
+    prototypes, and the model does something else."""
+    wrong = [image for row, image in enumerate(index) if broken[image] and any(one[row] > 0 for one in radii.values())]
+    if wrong:
+        raise InputError(
+            f"the model misclassifies image {wrong[0]} and {len(wrong) - 1} more of {len(index)}, which its "
+            "prototypes() classify rightly: certificates would be of another model; let forward return -min over p of "
+            "||x - p||^2 + cost for the very prototypes, class by class"
+        )
 
 
 Methods = dict[str, tuple[str, str]]  # by what the result is called: method and norm

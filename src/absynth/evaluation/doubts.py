@@ -83,16 +83,21 @@ def model_doubts(model: str, classifier: Classifier, images: Tensor, labels: Ten
     """What is suspicious about the model's answers and gradients at the images (n,C,H,W)."""
     try:
         with torch.no_grad():
-            first, second = classifier(images), classifier(images)
-            alone = torch.cat([classifier(image[None]) for image in images])
-        if not torch.isfinite(first).all():
-            return []  # the rows of those images say so
-        return [Doubt(model, code, "model", message) for code, message in _answers(first, second, alone)] + [
-            Doubt(model, code, "model", message) for code, message in _gradients(classifier, images, labels)
-        ]
+            if not torch.isfinite(classifier(images)).all():
+                return []  # the rows of those images say so
+        found = [*answer_doubts(classifier, images), *_gradients(classifier, images, labels)]
+        return [Doubt(model, code, "model", message) for code, message in found]
     except Exception as error:
         message = f"probing the model failed: {type(error).__name__}: {error}"
         return [Doubt(model, "probe-failed", "model", " ".join(message.split())[:300])]
+
+
+@torch.no_grad()
+def answer_doubts(classifier: Classifier, images: Tensor) -> list[tuple[str, str]]:
+    """What is suspicious about the answers to images (n,C,H,W): codes and messages."""
+    first, second = classifier(images), classifier(images)
+    alone = torch.cat([classifier(image[None]) for image in images])
+    return list(_answers(first, second, alone))
 
 
 def _answers(first: Tensor, second: Tensor, alone: Tensor) -> Iterator[tuple[str, str]]:
@@ -268,7 +273,7 @@ def ledger_doubts(model: str, rows: Sequence[Row], attacks: Mapping[str, AttackR
         known = by_attack[row.attack].get(row.image)
         if known is None or row.distance < known.distance:
             by_attack[row.attack][row.image] = row
-    doubts += _error_doubts(model, rows, attacks)
+    doubts += [*_error_doubts(model, rows, attacks), *_undefined(model, rows, attacks)]
     for norm in dict.fromkeys(row.norm for row in rows):
         here = {attacks[key]: found for key, found in by_attack.items() if key in attacks and attacks[key].norm == norm}
         doubts += _beaten(model, norm, here)
@@ -290,6 +295,18 @@ def _error_doubts(model: str, rows: Sequence[Row], attacks: Mapping[str, AttackR
     for key, errors in failed.items():
         name = attacks[key].name if key in attacks else key
         yield Doubt(model, "errors", name, f"{len(errors)} images left out of its numbers: {errors[0].message}")
+
+
+def _undefined(model: str, rows: Sequence[Row], attacks: Mapping[str, AttackRecord]) -> Iterator[Doubt]:
+    """Attacks that found something, and were answered with NaN on the way."""
+    answered: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        if row.status == "found" and row.message:
+            answered[row.attack].append(row)
+    for key, those in answered.items():
+        name = attacks[key].name if key in attacks else key
+        message = f"on {len(those)} images {those[0].message}: nearer adversarials may lie where it has no answer"
+        yield Doubt(model, "undefined", name, message)
 
 
 def _beaten(model: str, norm: str, found: Mapping[AttackRecord, Mapping[int, Row]]) -> Iterator[Doubt]:

@@ -40,6 +40,11 @@ def ledger_folders(folders: Iterable[str | Path]) -> list[Path]:
     return found
 
 
+def holds_evaluation(folder: str | Path) -> bool:
+    """Whether there is a ledger in ``folder`` or right below it."""
+    return bool(_below(Path(folder)))
+
+
 def rows_at_hand(folder: str | Path) -> int:
     """How many attack rows there are at or below a folder that need not exist. Raises InputError for a ledger that
     cannot be read."""

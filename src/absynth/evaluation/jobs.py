@@ -90,15 +90,20 @@ def _attack(
         return [Row(model, name, str(norm), indices[0], seed, int(labels[0]), float("inf"), "error", message=message)]
     rows = []
     for place, (index, verdict) in enumerate(zip(indices, verdicts, strict=True)):
-        status: Status = "error" if verdict.error else "found" if verdict.adversarial is not None else "failed"
+        undefined, asked = int(counter.undefined[place]), int(counter.forward[place])
+        message = verdict.error
+        if undefined and not message:
+            message = f"the model answered NaN to {undefined} of the attack's {asked} questions"
+        # Where an attack found nothing among images without an answer, nothing is known: that is not robust.
+        status: Status = "found" if verdict.adversarial is not None else "error" if message else "failed"
         rows.append(
             Row(
                 *(model, name, str(norm), index, seed, int(labels[place]), verdict.distance, status),
-                forward=int(counter.forward[place]),
+                forward=asked,
                 backward=int(counter.backward[place]),
                 seconds=seconds,
                 adversarial=verdict.adversarial,
-                message=verdict.error,
+                message=message,
             )
         )
     return rows

@@ -17,8 +17,8 @@ from torch import Tensor
 from absynth import __version__
 from absynth.errors import InputError
 from absynth.evaluation import figures, paper
-from absynth.evaluation.distal import load_distal
-from absynth.evaluation.folders import ledger_folders
+from absynth.evaluation.distal import Distal, load_distal
+from absynth.evaluation.folders import holds_evaluation, ledger_folders
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.statistics import wilson_interval
 from absynth.evaluation.summary import THRESHOLDS, Summary, summarize
@@ -35,6 +35,12 @@ from absynth.evaluation.tables import (
     wins,
 )
 
+#: Under "Warnings" where there is none. It is about what was tried, no more.
+NO_WARNING = (
+    "None of what was tried, attacks in {attacked}: gradients, answers, planted adversarials and steps gave no reason "
+    "to mistrust the numbers. What other attacks would find they do not say."
+)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -48,20 +54,22 @@ class Report:
 def report(*folders: str | Path, out: str | Path | None = None) -> Report:
     """Write ``report.html``, ``report.csv`` and ``report.md`` about the runs in or below ``folders`` into ``out``.
 
-    ``out`` is the first folder unless given. No model is touched: everything comes from the ledgers. Raises InputError
-    when there is no ledger, one cannot be read, runs are about different images under the same index, or the folder
-    cannot be written.
+    ``out`` is the first folder unless given. No model is touched: everything comes from the ledgers and the distal
+    images; a folder may hold these alone. Raises InputError when there is neither, one cannot be read, runs are about
+    different images under the same index, or the folder cannot be written.
     """
     if not folders:
         raise InputError("no run folder given: name at least one")
-    summary = _ordered(summarize(*folders))
-    images, parameters = _images(folders)
+    runs = [folder for folder in folders if holds_evaluation(folder) or not load_distal(folder)]
+    summary = _ordered(summarize(*runs)) if runs else Summary((), {})
+    images, parameters = _images(runs)
+    distal = _distal(folders, runs)
     target = Path(out) if out is not None else Path(folders[0])
     files = Report(target / "report.html", target / "report.csv", target / "report.md")
     content = {
-        files.html: render_html(summary, images, parameters, _distal(folders)),
+        files.html: render_html(summary, images, parameters, distal),
         files.csv: render_csv(summary),
-        files.markdown: render_markdown(summary),
+        files.markdown: render_markdown(summary, distal),
     }
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -76,7 +84,7 @@ def render_html(
     summary: Summary,
     images: Mapping[int, tuple[Tensor, int]],
     parameters: Mapping[str, str] | None = None,
-    distal: Sequence[Mapping[str, Any]] = (),
+    distal: Sequence[Mapping[str, Distal]] = (),
 ) -> str:
     """The page. ``images`` are the clean images (C,H,W) and labels by index, ``parameters`` names the attacks by
     repr."""
@@ -84,16 +92,20 @@ def render_html(
     certificates = list(certificate_rows(summary))
     pictures = list(_pictures(summary, norms, images))
     distal_figures = [_embedded(figures.distal_figure(found)) for found in distal]
-    contents = [
-        ("overview", "At a glance"),
-        ("warnings", "Warnings"),
-        ("curves", "Curves"),
-        ("attacks", "Every attack"),
-    ]
+    contents = (
+        [
+            ("overview", "At a glance"),
+            ("warnings", "Warnings"),
+            ("curves", "Curves"),
+            ("attacks", "Every attack"),
+        ]
+        if summary.models
+        else []
+    )
     contents += [("adversarials", "Adversarials")] if pictures else []
     contents += [("distal", "Distal images")] if distal_figures else []
     contents += [("certificates", "Certificates")] if certificates else []
-    contents += [("wins", "Wins"), ("cost", "Cost"), ("method", "Method")]
+    contents += [("wins", "Wins"), ("cost", "Cost"), ("method", "Method")] if summary.models else []
     counts = [len(model.clean) for model in summary.models]
     data = f"{summary.facts.get('data', 'data')}, {summary.facts.get('split', '')} split"
     lead = f"{len(summary.models)} models, {_range(counts)} images each of {data}, attacked in {_listed(norms)}."
@@ -102,7 +114,7 @@ def render_html(
     )
     return environment.get_template("report.html").render(
         title="Evaluation report",
-        lead=lead.replace("1 models", "1 model"),
+        lead=lead.replace("1 models", "1 model") if summary.models else "Distal images alone: nothing was attacked.",
         contents=contents,
         cell=cell_html,
         norms=[{"title": NORM_TITLES[norm]} for norm in norms],
@@ -110,6 +122,7 @@ def render_html(
         overview=[overview(model, norms) for model in summary.models],
         warnings=[(figures.display_name(model.name), model.doubts) for model in summary.models if model.doubts],
         unasked=_unasked(summary),
+        no_warning=NO_WARNING.format(attacked=_listed(norms)),
         curves=[_curves(summary, norm) for norm in norms],
         tables=[attack_table(summary, norm) for norm in norms],
         pictures=pictures,
@@ -156,10 +169,33 @@ def render_csv(summary: Summary) -> str:
     return stream.getvalue()
 
 
-def render_markdown(summary: Summary) -> str:
+def render_markdown(summary: Summary, distal: Sequence[Mapping[str, Distal]] = ()) -> str:
     """The tables as Markdown: median / accuracy with 95 % intervals, the paper's figures in brackets."""
+    lines = ["# Evaluation report"]
+    lines += _markdown_attacks(summary) if summary.models else ["", "Distal images alone: nothing was attacked."]
+    for found in distal:
+        head = ["model", "class", "over 90 %", "probability", "steps"]
+        rows = [[figures.display_name(name), *_distal_cells(one)] for name, one in found.items()]
+        lines += ["", "## Distal images", "", *markdown_table(head, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _distal_cells(one: Distal) -> list[str]:
+    return [
+        ", ".join(map(str, one.targets.unique().tolist())),
+        f"{int((one.confidences > 0.9).sum())} of {len(one.confidences)}",
+        _span([f"{value:.2f}" for value in one.confidences.sort().values.tolist()]),
+        _span([str(value) for value in one.steps.sort().values.tolist()]),
+    ]
+
+
+def _span(ordered: Sequence[str]) -> str:
+    return ordered[0] if ordered[0] == ordered[-1] else f"{ordered[0]}–{ordered[-1]}"
+
+
+def _markdown_attacks(summary: Summary) -> list[str]:
     norms = norms_of(summary)
-    lines = ["# Evaluation report", ""]
+    lines = [""]
     head = ["model", "images", "clean accuracy", *(NORM_TITLES[norm] for norm in norms), "union"]
     rows = []
     for model in summary.models:
@@ -177,14 +213,14 @@ def render_markdown(summary: Summary) -> str:
         body = [[row["attack"], *(cell_text(cell) for cell in row["cells"])] for row in table["rows"]]
         lines += markdown_table(["attack", *table["models"]], body)
     doubts = [(figures.display_name(model.name), doubt) for model in summary.models for doubt in model.doubts]
-    lines += ["", "## Warnings", ""]
-    lines += [f"- {name}, {doubt.subject}: {doubt.message}" for name, doubt in doubts]
+    lines += ["", "## Warnings"]
+    lines += ["", *(f"- {name}, {doubt.subject}: {doubt.message}" for name, doubt in doubts)] if doubts else []
     unasked = _unasked(summary)
     if unasked:
         lines += ["", f"Not looked for: {unasked}. `absynth evaluate` looks for them."]
     elif not doubts:
-        lines += ["None."]
-    return "\n".join(lines) + "\n"
+        lines += ["", NO_WARNING.format(attacked=_listed(norms))]
+    return lines
 
 
 def _unasked(summary: Summary) -> str:
@@ -243,8 +279,9 @@ def _images(folders: Sequence[str | Path]) -> tuple[dict[int, tuple[Tensor, int]
     return images, {name: "; ".join(given) for name, given in sorted(parameters.items())}
 
 
-def _distal(folders: Sequence[str | Path]) -> list[Mapping[str, Any]]:
-    places = dict.fromkeys([Path(folder) for folder in folders] + ledger_folders(folders))
+def _distal(folders: Sequence[str | Path], runs: Sequence[str | Path]) -> list[Mapping[str, Distal]]:
+    """The distal images in ``folders``, and right below those that are ``runs``."""
+    places = dict.fromkeys([Path(folder) for folder in folders] + ledger_folders(runs))
     return [found for place in places if (found := load_distal(place))]
 
 

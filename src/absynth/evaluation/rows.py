@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 #: ``found``: an adversarial holds. ``failed``: the attack found none. ``misclassified``: wrong already, distance 0.
-#: ``error``: the model or the attack did not give a usable answer; ``message`` says what happened.
+#: ``error``: the model or the attack did not give a usable answer; ``message`` says what happened. A row that is
+#: ``found`` has one, too, where the model answered NaN on the way.
 Status = Literal["found", "failed", "misclassified", "error"]
 CertificateKind = Literal["exact", "estimate", "probabilistic"]
 
