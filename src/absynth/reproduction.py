@@ -144,7 +144,8 @@ def verify_runs(
     root: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """``absynth.evaluation.verify`` with the models taken from the folder ``weights`` (default: shipped)."""
+    """``absynth.evaluation.verify`` with the models taken from the folder ``weights`` (default: shipped), the
+    data set from ``root``."""
     names = set()
     for folder in ledger_folders(folders):
         with Ledger(folder) as ledger:
@@ -155,7 +156,7 @@ def verify_runs(
             classifiers[name] = load_any(name, weights=weights, root=root)
         except InputError:
             continue  # `verify` says which models are missing
-    return verify(*folders, models=classifiers, progress=progress)
+    return verify(*folders, models=classifiers, progress=progress, root=root)
 
 
 def distal_images(

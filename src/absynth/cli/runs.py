@@ -39,10 +39,16 @@ def verify(run: Runs, weights: Weights = None, root: Root = None, json: Json = F
         emit(found.to_json())
     else:
         for failure in found.failures:
-            subject = failure.attack or failure.norm
-            print(f"{failure.model}, image {failure.image}{', ' if subject else ''}{subject}: {failure.reason}")
+            image = "all images" if failure.image is None else f"image {failure.image}"
+            subject = [part for part in (failure.model, image, failure.attack or failure.norm) if part]
+            print(f"{', '.join(subject)}: {failure.reason}")
         for reason in found.unchecked:
             print(f"not checked: {reason}")
+        for notice in found.notices:
+            print(f"note: {notice}")
+        if found.found_nothing:
+            rows = "row" if found.found_nothing == 1 else "rows"
+            print(f"{found.found_nothing} {rows} found nothing: an attack that fails leaves nothing to recompute")
         result = "everything holds" if found.holds else f"{len(found.failures)} do not hold"
         errors = f" ({found.errors} of them errors, with nothing to recompute)" if found.errors else ""
         counts = f"{found.rows} rows{errors}, {found.clean} clean answers, {found.certificates} certificates"

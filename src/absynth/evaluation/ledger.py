@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -47,8 +47,17 @@ CREATE TABLE doubts (model TEXT, code TEXT, subject TEXT, message TEXT NOT NULL,
 """
 _ROW_FIELDS = (
     *("model", "attack", "norm", "image", "seed", "label", "distance", "status"),
-    *("forward", "backward", "seconds", "message", "pixels", "shape"),
+    *("forward", "backward", "seconds", "message"),
 )
+#: What is no text, by column: SQLite keeps whatever does not fit a column's type as it is.
+_KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("image", "label", "seed", "classes", "forward", "backward"), int),
+    **dict.fromkeys(("distance", "seconds", "radius"), float),
+    **dict.fromkeys(("adversarial", "logits"), (bytes, NoneType)),
+    "pixels": bytes,
+    "prediction": (int, NoneType),
+    "shape": (str, NoneType),
+}
 _COPIED = ("models", "attacks", "images", "clean", "rows", "certificates", "probes", "doubts")
 
 
@@ -58,7 +67,8 @@ class Ledger:
     ``write=True`` makes folder and file when they are missing and keeps other writers out; readers may read meanwhile.
 
     Raises InputError for a folder without a ledger, a damaged file or one that is no ledger, a ledger of another
-    version, one that another process writes to, and a folder that cannot be written.
+    version, one that another process writes to, and a folder that cannot be written; reading does for values that no
+    evaluation writes, such as text for a distance.
     """
 
     def __init__(self, folder: str | Path, *, write: bool = False) -> None:
@@ -111,7 +121,7 @@ class Ledger:
 
     def facts(self) -> dict[str, str]:
         """What ``describe`` wrote down."""
-        return dict(self._all("SELECT key, value FROM meta"))
+        return dict(self._select("meta", ("key", "value")))
 
     # Adding
 
@@ -168,65 +178,60 @@ class Ledger:
 
     def keys(self, model: str) -> set[tuple[str, int, int]]:
         """The (attack, image, seed) that have a row."""
-        return set(self._all("SELECT attack, image, seed FROM rows WHERE model = ?", model))
+        return set(self._select("rows", ("attack", "image", "seed"), "WHERE model = ?", model))
 
     def models(self) -> list[ModelRecord]:
         """All models, in the order of their names."""
-        return [
-            ModelRecord(*values)
-            for values in self._all("SELECT digest, name, classes FROM models ORDER BY name, digest")
-        ]
+        found = self._select("models", ("digest", "name", "classes"), "ORDER BY name, digest")
+        return [ModelRecord(*values) for values in found]
 
     def attacks(self) -> dict[str, AttackRecord]:
         """All attacks by their repr."""
-        found = self._all("SELECT attack, name, norm, knowledge, kind FROM attacks ORDER BY rowid")
+        found = self._select("attacks", ("attack", "name", "norm", "knowledge", "kind"), "ORDER BY rowid")
         return {values[0]: AttackRecord(*values) for values in found}
 
     def images(self) -> dict[int, tuple[Tensor, int]]:
         """Clean image (C,H,W) and label by index."""
-        found = self._all("SELECT image, pixels, shape, label FROM images ORDER BY image")
+        found = self._select("images", ("image", "pixels", "shape", "label"), "ORDER BY image")
         return {image: (_unpack(pixels, shape), label) for image, pixels, shape, label in found}
 
     def clean(self, model: str) -> list[CleanRow]:
         """The clean answers of a model, by image."""
-        found = self._all(
-            "SELECT model, image, label, prediction, logits, message FROM clean WHERE model = ? ORDER BY image", model
-        )
-        return [
+        columns = ("model", "image", "label", "prediction", "logits", "message")
+        found = self._select("clean", columns, "WHERE model = ? ORDER BY image", model)
+        rows = [
             CleanRow(model, image, label, prediction, None if logits is None else _unpack(logits, None), message)
             for model, image, label, prediction, logits, message in found
         ]
+        for row in rows:
+            if row.logits is not None and not 0 <= row.label < len(row.logits):
+                raise self._damaged(f"clean answer of image {row.image}: {len(row.logits)} logits, label {row.label}")
+        return rows
 
     def rows(self, model: str, *, images: bool = True) -> list[Row]:
         """The attack rows of a model in the order they were written, with (``images``) or without adversarials."""
-        blob = "adversarial, shape" if images else "NULL, NULL"
-        columns = ", ".join(_ROW_FIELDS[:-2])
-        found = self._all(f"SELECT {columns}, {blob} FROM rows WHERE model = ? ORDER BY rowid", model)
+        columns = (*_ROW_FIELDS, "adversarial", "shape") if images else _ROW_FIELDS
         rows = []
-        for record in found:
-            fields = dict(zip(_ROW_FIELDS, record, strict=True))
-            pixels, shape = fields.pop("pixels"), fields.pop("shape")
+        for values in self._select("rows", columns, "WHERE model = ? ORDER BY rowid", model):
+            fields = dict(zip(columns, values, strict=True))
+            pixels, shape = fields.pop("adversarial", None), fields.pop("shape", None)
             rows.append(Row(**fields, adversarial=None if pixels is None else _unpack(pixels, shape)))
         return rows
 
     def certificates(self, model: str) -> list[Certificate]:
         """The certificates of a model."""
-        found = self._all(
-            "SELECT model, image, norm, radius, method, kind, label FROM certificates WHERE model = ? "
-            "ORDER BY method, norm, image",
-            model,
-        )
+        columns = ("model", "image", "norm", "radius", "method", "kind", "label")
+        found = self._select("certificates", columns, "WHERE model = ? ORDER BY method, norm, image", model)
         return [Certificate(*values) for values in found]
 
     def probes(self, model: str) -> set[tuple[str, str]]:
         """The (probe, subject) done for a model."""
-        return set(self._all("SELECT probe, subject FROM probes WHERE model = ?", model))
+        return set(self._select("probes", ("probe", "subject"), "WHERE model = ?", model))
 
     def doubts(self, model: str) -> list[Doubt]:
         """The doubts that probes of a model raised."""
-        found = self._all(
-            "SELECT model, code, subject, message FROM doubts WHERE model = ? ORDER BY code, subject", model
-        )
+        columns = ("model", "code", "subject", "message")
+        found = self._select("doubts", columns, "WHERE model = ? ORDER BY code, subject", model)
         return [Doubt(*values) for values in found]
 
     def merge_from(self, other: Ledger) -> None:
@@ -301,9 +306,10 @@ class Ledger:
         except sqlite3.IntegrityError:
             raise  # a value of the wrong kind: a mistake in the program, not in the file
         except sqlite3.DatabaseError as error:
-            raise InputError(
-                f"{self.path} is damaged ({error}): restore it from a copy, or move it away and run again"
-            ) from error
+            raise self._damaged(str(error)) from error
+
+    def _damaged(self, what: str) -> InputError:
+        return InputError(f"{self.path} is damaged ({what}): restore it from a copy, or move it away and run again")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -324,6 +330,18 @@ class Ledger:
     def _all(self, statement: str, *values: Any) -> list[Any]:
         with self._explained(), closing(self._checked().execute(statement, values)) as cursor:
             return cursor.fetchall()
+
+    def _select(self, table: str, columns: Sequence[str], rest: str = "", *values: Any) -> list[Any]:
+        """These columns of a table. Raises InputError for a value of a kind that is never written there."""
+        found = self._all(f"SELECT {', '.join(columns)} FROM {table} {rest}", *values)
+        kinds = [_KINDS.get(column, str) for column in columns]
+        for record in found:
+            for column, kind, value in zip(columns, kinds, record, strict=True):
+                if not isinstance(value, kind):
+                    image = dict(zip(columns, record, strict=True)).get("image")
+                    where = "" if image is None else f" of image {image!r}"
+                    raise self._damaged(f"{column}{where} in the table {table} is {repr(value)[:40]}")
+        return found
 
 
 def begun(file: Path) -> bool:
@@ -370,5 +388,7 @@ def _unpack(blob: bytes, shape: str | None) -> Tensor:
     except (zlib.error, ValueError):
         return torch.full((0,), torch.nan)
     flat = torch.from_numpy(values)
-    sizes = [int(size) for size in shape.split("x")] if shape else [len(flat)]
-    return flat.view(sizes) if flat.numel() == int(np.prod(sizes)) else flat
+    try:
+        return flat.view([int(size) for size in shape.split("x")]) if shape else flat
+    except (ValueError, RuntimeError):
+        return flat

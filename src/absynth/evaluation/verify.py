@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from absynth.evaluation.folders import ledger_folders
 from absynth.evaluation.judge import ask, device_of, is_broken
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import load_model, model_digest
-from absynth.evaluation.rows import Certificate, CleanRow, ModelRecord, Row
+from absynth.evaluation.provenance import DataSets, left_out, missing
+from absynth.evaluation.rows import Certificate, CleanRow, ModelRecord, Row, Status
 from absynth.norms import NORMS
 
 BATCH = 128
@@ -27,12 +29,13 @@ LEVEL = 1e-6
 
 @dataclass(frozen=True)
 class Failure:
-    """A row, a clean answer or a certificate that does not hold. ``attack`` is empty for the latter two."""
+    """A row, a clean answer, a certificate or a stored image that does not hold. ``attack`` is empty for all but rows,
+    ``model`` for stored images, ``image`` None where all of these are meant."""
 
     model: str
     attack: str
     norm: str
-    image: int
+    image: int | None
     reason: str
 
 
@@ -40,7 +43,9 @@ class Failure:
 class Verification:
     """How many rows, clean answers and certificates were checked, which do not hold, and what could not be checked.
 
-    ``errors`` of the rows say that the model or the attack failed there, which nothing can be recomputed of.
+    ``errors`` of the rows say that the model or the attack failed there, ``found_nothing`` of them that an attack found
+    no adversarial: nothing can be recomputed of either. ``notices`` say what else the figures rest on that was not
+    recomputed: rows that are not there, images that were not compared with the data set.
     """
 
     rows: int
@@ -49,6 +54,8 @@ class Verification:
     failures: tuple[Failure, ...]
     unchecked: tuple[str, ...] = ()
     errors: int = 0
+    found_nothing: int = 0
+    notices: tuple[str, ...] = ()
 
     @property
     def holds(self) -> bool:
@@ -61,10 +68,12 @@ class Verification:
             "holds": self.holds,
             "rows": self.rows,
             "errors": self.errors,
+            "found_nothing": self.found_nothing,
             "clean": self.clean,
             "certificates": self.certificates,
             "failures": [vars(failure) for failure in self.failures],
             "unchecked": list(self.unchecked),
+            "notices": list(self.notices),
         }
 
 
@@ -72,6 +81,7 @@ def verify(
     *folders: str | Path,
     models: Mapping[str, Classifier] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    root: str | Path | None = None,
 ) -> Verification:
     """Recompute every row in or below the run folders and say which do not hold.
 
@@ -79,23 +89,34 @@ def verify(
     have no such name. Checked are shape, range and finiteness of each adversarial, its distance from the stored clean
     image, that the model, asked anew, is fooled by it (a true class ahead by less than ``LEVEL`` is a tie), that clean
     answers are what is written down, that statuses fit the numbers, and that no adversarial of any attack lies below a
-    certified radius of kind exact or probabilistic for the same model, image and norm. ``progress`` is called with rows
-    done and rows in all.
+    certified radius of kind exact or probabilistic for the same model, image and norm. Stored images and labels are
+    compared with those of the data set where it is at hand (``root`` as for ``absynth.data.load``, but nothing is
+    downloaded). ``progress`` is called with rows done and rows in all.
 
     Raises InputError when there is no ledger or one cannot be read. A model that cannot be loaded is reported as
-    unchecked.
+    unchecked; what cannot be told from a run that was stopped early is a notice.
     """
     failures: list[Failure] = []
     unchecked: list[str] = []
-    row_count = error_count = clean_count = certificate_count = 0
-    for folder in ledger_folders(folders):
+    notices: list[str] = []
+    statuses: Counter[str] = Counter()
+    clean_count = certificate_count = 0
+    data_sets = DataSets(root)
+    places = ledger_folders(folders)
+    for folder in places:
         with Ledger(folder) as ledger:
-            images = ledger.images()
+            images, attacks, used = ledger.images(), ledger.attacks(), set[str]()
+            compared = data_sets.compare(ledger.facts(), images)
+            failures += [Failure("", "", "", image, reason) for image, reason in compared.problems]
+            if compared.reason:
+                notices.append(f"images not compared with the data set: {compared.reason}")
+            told = []
             for record in ledger.models():
                 rows, clean = ledger.rows(record.digest), ledger.clean(record.digest)
                 certificates = ledger.certificates(record.digest)
-                row_count += len(rows)
-                error_count += sum(row.status == "error" for row in rows)
+                statuses.update(row.status for row in rows)
+                used |= {row.attack for row in rows}
+                told += missing(record.name, images, clean, rows, attacks)
                 clean_count += len(clean)
                 certificate_count += len(certificates)
                 failures += _distances(record.name, rows, images)
@@ -108,8 +129,18 @@ def verify(
                     continue
                 failures += _clean_answers(record.name, classifier, clean, images)
                 failures += _adversarials(record.name, classifier, rows, progress)
-    failed = tuple(dict.fromkeys(failures))
-    return Verification(row_count, clean_count, certificate_count, failed, tuple(unchecked), error_count)
+            told += left_out(images, attacks, used)
+            notices += [f"{folder}: {line}" for line in told] if len(places) > 1 else told
+    return Verification(
+        rows=statuses.total(),
+        clean=clean_count,
+        certificates=certificate_count,
+        failures=tuple(dict.fromkeys(failures)),
+        unchecked=tuple(unchecked),
+        errors=statuses["error"],
+        found_nothing=statuses["failed"],
+        notices=tuple(dict.fromkeys(notices)),
+    )
 
 
 def invariant(
@@ -169,6 +200,8 @@ def _row_problem(row: Row, images: Mapping[int, tuple[Tensor, int]]) -> str:
         return f"its label is {row.label}, the image's is {label}"
     if row.norm not in NORMS:
         return f"its norm {row.norm!r} is unknown"
+    if row.status not in get_args(Status):
+        return f"its status {row.status!r} is unknown"
     if row.status != "found":
         expected = 0.0 if row.status == "misclassified" else math.inf
         if row.distance != expected or row.adversarial is not None:
@@ -215,15 +248,32 @@ def _clean_answers(
         for row in clean
         if row.image not in images or row.label != images[row.image][1]
     ]
+    problems = {row.image: reason for row in clean if (reason := _prediction_problem(row))}
+    failures += [Failure(model, "", "", image, reason) for image, reason in problems.items()]
     usable = [row for row in clean if row.logits is not None and row.image in images]
     for start in range(0, len(usable), BATCH):
         batch = usable[start : start + BATCH]
-        broken = _broken(classifier, [images[row.image][0] for row in batch], [row.label for row in batch])
-        for row, (surely, perhaps) in zip(batch, broken, strict=True):
-            if not (perhaps if row.broken else surely is False):
+        for row, answer in zip(batch, _answers(classifier, [images[row.image][0] for row in batch]), strict=True):
+            if not (_is_wrong(answer, row.label, LEVEL) if row.broken else _is_wrong(answer, row.label) is False):
                 reason = f"the clean image was {'misclassified' if row.broken else 'classified rightly'}, not so now"
                 failures.append(Failure(model, "", "", row.image, reason))
+            elif row.image in problems or row.prediction is None:
+                continue
+            elif _is_wrong(answer, row.prediction) is not False:
+                reason = f"the clean answer's prediction is {row.prediction}, not so now"
+                failures.append(Failure(model, "", "", row.image, reason))
     return failures
+
+
+def _prediction_problem(row: CleanRow) -> str:
+    """Why the prediction of a clean answer is not what its logits say, up to a tie, or nothing."""
+    if (row.logits is None) != (row.prediction is None):
+        return "the clean answer has a prediction without logits, or logits without one"
+    if row.logits is None or row.prediction is None:
+        return ""
+    if _is_wrong((row.logits, row.logits), row.prediction) is False:
+        return ""
+    return f"the clean answer's prediction is {row.prediction}, its logits say {int(row.logits.argmax())}"
 
 
 def _adversarials(
@@ -238,9 +288,9 @@ def _adversarials(
     for group in by_shape.values():
         for start in range(0, len(group), BATCH):
             batch = group[start : start + BATCH]
-            broken = _broken(classifier, [image for _, image in batch], [row.label for row, _ in batch])
-            for (row, _), (_, perhaps) in zip(batch, broken, strict=True):
-                if not perhaps:
+            answers = _answers(classifier, [image for _, image in batch])
+            for (row, _), answer in zip(batch, answers, strict=True):
+                if not (perhaps := _is_wrong(answer, row.label, LEVEL)):
                     answered = perhaps is not None
                     reason = "the model is not fooled by its image" if answered else "the model gives no usable answer"
                     failures.append(Failure(model, row.attack, row.norm, row.image, reason))
@@ -250,24 +300,23 @@ def _adversarials(
     return failures
 
 
-def _broken(
-    classifier: Classifier, images: list[Tensor], labels: list[int]
-) -> list[tuple[bool, bool] | tuple[None, None]]:
-    """Whether the model, asked twice, is surely wrong about each image, and whether it is perhaps, up to a tie; None
-    where it gives no usable answer."""
-    device = device_of(classifier)
+def _answers(classifier: Classifier, images: list[Tensor]) -> list[tuple[Tensor, Tensor] | None]:
+    """The logits (K,) of each image, asked twice; None where the model gives no usable answer."""
     try:
-        answer = ask(classifier, torch.stack(images).to(device))
+        answer = ask(classifier, torch.stack(images).to(device_of(classifier)))
     except Exception:
         if len(images) == 1:
-            return [(None, None)]
-        return [_broken(classifier, [image], [label])[0] for image, label in zip(images, labels, strict=True)]
-    truth = torch.tensor(labels, device=device)
-    surely, perhaps = (
-        (is_broken(answer.logits, truth, rounding) & is_broken(answer.again, truth, rounding)).tolist()
-        for rounding in (-LEVEL, LEVEL)
-    )
+            return [None]
+        return [_answers(classifier, [image])[0] for image in images]
     return [
-        (None, None) if problem else (bool(yes), bool(maybe))
-        for problem, yes, maybe in zip(answer.errors, surely, perhaps, strict=True)
+        None if problem else (first, second)
+        for problem, first, second in zip(answer.errors, answer.logits.cpu(), answer.again.cpu(), strict=True)
     ]
+
+
+def _is_wrong(answer: tuple[Tensor, Tensor] | None, label: int, rounding: float = -LEVEL) -> bool | None:
+    """Whether another class is ahead of ``label`` both times: surely, or with ``rounding`` LEVEL perhaps, up to a tie.
+    None without an answer, and for a label that it has no class of."""
+    if answer is None or not 0 <= label < len(answer[0]):
+        return None
+    return all(bool(is_broken(logits[None], torch.tensor([label]), rounding)) for logits in answer)
