@@ -103,6 +103,20 @@ def test_attacks_and_certificates_share_a_ledger_that_verifies(weights: Path, tm
     assert any("certifies 1e+06" in failure.reason for failure in checked.failures)
 
 
+def test_a_certificate_of_a_misclassified_image_does_not_hold(weights: Path, tmp_path: Path) -> None:
+    model = zoo.load("nearest-neighbor", folder=weights)
+    images = data.load("digits", "test")[0]
+    with torch.no_grad():
+        wrong = (model(images[:4]).argmax(1) + 1) % 10
+    certify(model, (images[:4], wrong), images=4, out=tmp_path, norms=("l2",), name="net")
+    assert verify(tmp_path, models={"net": model}).holds  # radii of 0
+    with Ledger(tmp_path, write=True) as ledger:
+        (first, *_) = ledger.certificates(ledger.models()[0].digest)
+        ledger.add_certificates([replace(first, radius=0.5)])
+    (failure,) = verify(tmp_path, models={"net": model}).failures
+    assert "certifies 0.5, the model misclassifies" in failure.reason
+
+
 class Rolled(nn.Module):
     """A model that answers something else than its prototypes say."""
 

@@ -121,7 +121,7 @@ def verify(
                 certificate_count += len(certificates)
                 failures += _distances(record.name, rows, images)
                 failures += _clean_statuses(record.name, rows, clean)
-                failures += invariant(record.name, certificates, rows, images)
+                failures += invariant(record.name, certificates, rows, images, clean)
                 try:
                     classifier = _model(record, models or {})
                 except InputError as error:
@@ -144,9 +144,15 @@ def verify(
 
 
 def invariant(
-    model: str, certificates: Iterable[Certificate], rows: Iterable[Row], images: Mapping[int, tuple[Tensor, int]]
+    model: str,
+    certificates: Iterable[Certificate],
+    rows: Iterable[Row],
+    images: Mapping[int, tuple[Tensor, int]],
+    clean: Iterable[CleanRow] = (),
 ) -> list[Failure]:
-    """The certificates with an adversarial below their radius, by whatever attack; estimates promise nothing."""
+    """The certificates with an adversarial below their radius, by whatever attack, or of an image that is misclassified
+    as it is; estimates promise nothing."""
+    wrong = {row.image for row in clean if row.broken}
     by_image: dict[int, list[Row]] = {}
     for row in rows:
         if row.found:
@@ -154,6 +160,12 @@ def invariant(
     failures = []
     for certificate in certificates:
         if certificate.kind == "estimate" or certificate.norm not in NORMS:
+            continue
+        if certificate.image in wrong and certificate.radius > 0:
+            reason = (
+                f"{certificate.method} certifies {certificate.radius:.6g}, the model misclassifies the image as it is"
+            )
+            failures.append(Failure(model, "", certificate.norm, certificate.image, reason))
             continue
         for row in by_image.get(certificate.image, []):
             distance = row.distance if row.norm == certificate.norm else math.inf
