@@ -123,6 +123,13 @@ def test_public_names() -> None:
         _ = absynth.nothing
 
 
+@pytest.mark.parametrize("name", [3, None, ["cnn"]])
+def test_what_is_no_name_is_no_model(name: Any) -> None:
+    with pytest.raises(absynth.InputError, match=r"unknown model .*known: abs, binary-abs") as caught:
+        absynth.load(name)
+    assert "\n" not in str(caught.value)
+
+
 def test_closed_pipe_and_full_disk(weights: Path) -> None:
     read, write = os.pipe()
     os.close(read)

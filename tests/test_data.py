@@ -165,6 +165,9 @@ def test_unknown_names_and_splits():
     fails("unknown split 'tets': did you mean test", "mnist", "tets")
     fails("no folder at /no/such/folder", "/no/such/folder", "test")
     fails("no folder at", Path("mnits"), "test")
+    fails("unknown data set None: known: digits", None, "test")
+    fails(r"unknown data set \['mnist'\]: known: digits", ["mnist"], "test")
+    fails("unknown split None: known: test, train", "mnist", None)
 
 
 # Downloads

@@ -65,6 +65,8 @@ def load(name: str | Path, split: str, root: str | Path | None = None) -> tuple[
     Raises InputError for an unknown name or split and for damaged files; DataUnavailable, an InputError, if the
     data are neither at hand nor can be downloaded.
     """
+    if not isinstance(name, str | Path):
+        raise unknown_name("data set", name, NAMES)
     if split not in SPLITS:
         raise unknown_name("split", split, SPLITS)
     if name == "digits":

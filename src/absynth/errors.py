@@ -10,10 +10,10 @@ class InputError(ValueError):
     """Bad input. The message is one line that names the value, what was expected and how to fix it."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], listed: str = "") -> InputError:
+def unknown_name(kind: str, name: object, known: Iterable[str], listed: str = "") -> InputError:
     """An InputError for a name that is not in ``known``, with the nearest names and all of them; or, where those would
     be too many for a line, what is ``listed`` instead."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) if isinstance(name, str) else []
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return InputError(f"unknown {kind} {name!r}: {hint}known: {listed or ', '.join(known)}")

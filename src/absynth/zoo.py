@@ -49,12 +49,12 @@ def names() -> tuple[str, ...]:
 
 def path_of(name: str | Path, folder: str | Path | None = None) -> Path:
     """Where the weights of a model are: a name of ``names()`` in ``folder`` (default: shipped), or a file's path."""
-    if isinstance(name, Path) or name.endswith(".safetensors"):
+    if isinstance(name, Path) or (isinstance(name, str) and name.endswith(".safetensors")):
         path = Path(name)
         if not path.is_file():
             raise InputError(f"no weight file at {path}: give an existing file or one of {', '.join(names())}")
         return path
-    if name not in DESCRIPTIONS:
+    if not isinstance(name, str) or name not in DESCRIPTIONS:
         raise unknown_name("model", name, DESCRIPTIONS)
     return Path(folder or WEIGHTS) / f"{name}.safetensors"
 
