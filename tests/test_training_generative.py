@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from absynth import data
-from absynth.analysis import Schedule, analyze
+from absynth.analysis import DEFAULT, Schedule, analyze
 from absynth.candidates import Candidates
 from absynth.decoding import FoldedDecoder, to_blocks
 from absynth.errors import InputError
 from absynth.responses import Threshold
-from absynth.training import contrast, generative
+from absynth.training import contrast, generative, recipes
 from absynth.training.calibration import calibrate, class_scales, refusal_threshold
 from absynth.training.candidates import choose_candidates, widen
 from absynth.training.contrast import (
@@ -29,7 +29,7 @@ from absynth.training.contrast import (
 )
 from absynth.training.generative import GenerativeConfig, TrainedClass, shared_start, train_class, train_classes
 from absynth.training.sharpening import sharpen
-from absynth.vae import VAEConfig
+from absynth.vae import VAE, VAEConfig
 from small_models import candidate_energies
 
 TINY = GenerativeConfig(shared_steps=5, vae_steps=6, decoder_steps=7, vae_batch_size=8, decoder_batch_size=8)
@@ -98,6 +98,20 @@ def test_another_trainings_checkpoint_is_refused(digits: tuple[Tensor, Tensor], 
         train_class(digits[0][:80], 0, replace(TINY, seed=1), checkpoint=file)
     with pytest.raises(InputError, match="at least 2"):
         train_class(digits[0][:1], 0, TINY)
+
+
+def test_latents_stay_in_the_ball_after_next_to_no_training(digits: tuple[Tensor, Tensor]) -> None:
+    """The encoder's variances mean nothing yet, and steps of that size would lead out and out."""
+    trained = train_class(digits[0][:80], 0, replace(TINY, vae_steps=1, decoder_steps=50))
+    assert trained.latents.norm(dim=1).max() <= DEFAULT.max_norm * (1 + 1e-6)
+
+
+def test_what_has_diverged_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    diverged = TrainedClass(VAE(VAEConfig()), torch.full((3, 8), torch.inf))
+    monkeypatch.setattr(recipes, "train_classes", lambda *_, **__: [diverged])
+    with pytest.raises(InputError, match=r"abs diverged at effort 0\.01.*delete .*abs\.training") as caught:
+        recipes.train("abs", "digits", out=tmp_path, effort=0.01)
+    assert "\n" not in str(caught.value)
 
 
 def test_processes_do_not_change_the_result(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:

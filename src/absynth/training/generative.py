@@ -4,8 +4,9 @@
 of it is done once, for all classes together: each class's autoencoder begins as a copy of one that has seen all images.
 *Second phase*: the decoder alone, on what the analysis will ask of it: every training image keeps latents of its own
 and both descend the energy ||x - G(z)||^2 + beta/2 ||z||^2 together. An image's step is scaled by the variance the
-encoder gave it, the inverse of the energy's curvature there. At half the cost a step of the first phase, it lowers the
-energy of unseen images far faster than more of the first phase does (LOG.md, 2026-11-23).
+encoder gave it, the inverse of the energy's curvature there, and ends in the ball that the analysis searches. At half
+the cost a step of the first phase, it lowers the energy of unseen images far faster than more of the first phase does
+(LOG.md, 2026-11-23).
 
 Classes are independent: on a CPU they are trained side by side, one process and one thread for each core.
 """
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from absynth.analysis import DEFAULT, into_ball
 from absynth.data import digest
 from absynth.errors import InputError
 from absynth.training.augment import Augmentation, augment
@@ -234,7 +236,9 @@ class _State:
         self._descend(loss, config.decoder_learning_rate, (self.step - config.vae_steps) / config.decoder_steps)
         assert latents.grad is not None
         # the gradient of an image's own energy is len(batch) times that of the mean
-        self.latents[chosen] -= config.latent_rate * len(batch) * self.variances[chosen] * latents.grad
+        moved = latents.detach() - config.latent_rate * len(batch) * self.variances[chosen] * latents.grad
+        # After too few steps of the first phase the variances are far too large, and steps of this one diverge.
+        self.latents[chosen] = into_ball(moved, DEFAULT.max_norm)
         return float(loss.detach())
 
     def _descend(self, loss: Tensor, learning_rate: float, done: float) -> None:

@@ -146,6 +146,7 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
         *run.train, config, checkpoints=run.checkpoints, progress=lambda done, _total, text: progress(done, text)
     )
     decoders = [one.vae.decoder for one in trained]
+    check_finite(run, effort, decoders, [one.latents for one in trained])
     starts = torch.stack([choose_candidates(one.latents, CANDIDATES, run.seed) for one in trained])
     before = whole - rounds * scale  # steps of the phases and cycles that are over
     for number, cycle in enumerate(cycles):
@@ -154,10 +155,21 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
             beta=config.beta, checkpoint=run.checkpoints / f"contrast-{number}.safetensors",
             progress=lambda done, _total, text, before=before: progress(before + done * scale, text),  # type: ignore[misc]
         )  # fmt: skip
+        check_finite(run, effort, decoders, own + rival)
         starts = choose_all_candidates(own, rival, run.seed)
         before += cycle.rounds * run.classes * STAGES * scale
     starts = widened(run, decoders, starts, sizes, config.beta, effort)
     return assemble_abs(run, decoders, starts, config, cycles)
+
+
+def check_finite(run: Run, effort: float, decoders: list[Decoder], latents: list[Tensor]) -> None:
+    """Raise InputError where a training has left weights or latents that are no numbers."""
+    weights = [value for decoder in decoders for value in decoder.state_dict().values()]
+    if not all(bool(tensor.isfinite().all()) for tensor in [*weights, *latents]):
+        raise InputError(
+            f"the training of {run.name} diverged at effort {effort:g}, and its checkpoints are of no use: delete "
+            f"{run.checkpoints} and train with more effort, or another seed"
+        )
 
 
 def widened(

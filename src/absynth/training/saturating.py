@@ -112,6 +112,7 @@ def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
         decoders, plain.candidates, *run.placed(run.train), sizes, cycle, beta=plain.beta, response=ramp,
         checkpoint=run.checkpoints / "contrast.safetensors", progress=run.progress,
     )  # fmt: skip
+    recipes.check_finite(run, effort, decoders, own + rival)
     starts = choose_all_candidates(own, rival, run.seed)
     starts = recipes.widened(run, decoders, starts, sizes, plain.beta, effort, ramp)
     candidates = starts.half().float()  # as they are stored
