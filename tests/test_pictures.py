@@ -140,6 +140,10 @@ def broken(tmp_path, kind):
         save(path, np.full((60, 40), 0.7))
     elif kind == "blank, framed":
         save(path, np.full((28, 28), 0.7))
+    elif kind == "pale":
+        save(path, (150 - 10 * seven()) / 255)
+    elif kind == "pale, framed":
+        save(path, (150 - 10 * seven()[10:38, 6:34]) / 255)
     elif kind == "transparent":
         save(path, np.zeros((60, 40, 4)))
     elif kind == "nan":
@@ -161,6 +165,8 @@ def broken(tmp_path, kind):
         ("truncated", "cannot read"),
         ("blank", "blank"),
         ("blank, framed", "blank"),
+        ("pale", r"too little contrast.*differ by 3\.9% of .*at least 6%"),
+        ("pale, framed", r"too little contrast.*differ by 3\.9% of"),
         ("transparent", "blank"),
         ("nan", "NaN"),
         ("huge", "too many pixels"),

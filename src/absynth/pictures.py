@@ -37,7 +37,7 @@ def load_picture(path: str | Path | BinaryIO, image_size: int = 28, *, most_pixe
     dark: it is cropped, scaled to the box and centered by mass. Transparent pixels count as background. The picture
     should be evenly lit and show one digit and little else: a shadow, or a speck far from the digit, counts as ink too.
 
-    Raises InputError if the file cannot be read, is no picture or too large, or is blank.
+    Raises InputError if the file cannot be read, is no picture or too large, is blank or has too little contrast.
     """
     source = Path(path) if isinstance(path, str | Path) else path
     named = str(source) if isinstance(source, Path) else "the file"
@@ -47,17 +47,26 @@ def load_picture(path: str | Path | BinaryIO, image_size: int = 28, *, most_pixe
     border = np.concatenate([rgb[0], rgb[-1], rgb[:, 0], rgb[:, -1]])  # (2·height + 2·width, 3)
     paper = np.median(border, axis=0)
     if gray and (height, width) == (image_size, image_size):
-        if rgb.max() - rgb.min() < LEAST_CONTRAST:
-            raise InputError(f"{named} is blank: all of it is of one gray; give a picture of one digit")
+        _check_contrast(float(rgb.max() - rgb.min()), named)
         framed = torch.from_numpy(rgb[:, :, 0].copy())[None]
         return 1 - framed if paper[0] > 0.5 else framed
 
     ink = np.abs(rgb - paper.astype(np.float32)).max(axis=2)  # (height, width)
     strongest = float(ink.max())
-    if strongest < LEAST_CONTRAST:
-        raise InputError(f"{named} is blank: nothing in it differs from its border; give a picture of one digit")
+    _check_contrast(strongest, named)
     ink = np.where(ink > PAPER_NOISE * strongest, ink / strongest, 0)
     return frame(torch.from_numpy(_crop(ink)), image_size)[None]
+
+
+def _check_contrast(contrast: float, named: str) -> None:
+    """Raise InputError for a picture that is blank, or nearly so."""
+    if contrast == 0:
+        raise InputError(f"{named} is blank: all of it is of one color; give a picture of one digit")
+    if contrast < LEAST_CONTRAST:
+        raise InputError(
+            f"{named} has too little contrast: ink and paper differ by {contrast:.1%} of white minus black, at least "
+            f"{LEAST_CONTRAST:.0%} are needed; raise its contrast"
+        )
 
 
 def frame(ink: Tensor, image_size: int = 28) -> Tensor:
