@@ -314,6 +314,9 @@ def test_a_folder_has_one_class_a_subfolder(folder):
     assert labels.tolist() == [0] * 10 + [1] * 10
     assert torch.equal(images[:, 0, 5, 5], torch.tensor([2.0] * 10 + [10.0] * 10) / 255)  # by number: 2 before 10
     assert data.class_names(folder) == ("2", "10")
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (folder / "2" / name).write_bytes(b"not a picture")
+    assert len(data.load_folder(folder)[0]) == 20
     assert data.load_folder(folder, image_size=32)[0].shape == (20, 1, 32, 32)
 
 
@@ -352,7 +355,7 @@ def test_bad_folders(folder, tmp_path):
         path.unlink()
     fails("10 has one picture", folder, "test")
     (folder / "2" / "notes.txt").write_text("seven")
-    fails(r"notes.txt is not a picture", folder, "test")
+    fails(r"notes.txt is not a picture.* remove this file", folder, "test")
 
 
 # Holding out, digests, names

@@ -98,19 +98,32 @@ def load_folder(path: str | Path, image_size: int = 28) -> tuple[Tensor, Tensor]
     """The pictures in a folder with one subfolder a class: float32 (N, 1, S, S) in [0, 1] and int64 labels (N,).
 
     Label i is the i-th subfolder in order of names, of numbers where all names are numbers. Every picture is brought
-    to MNIST's form by ``load_picture``. Names that begin with a dot are left out.
+    to MNIST's form by ``load_picture``. Names that begin with a dot are left out, and what Windows adds (Thumbs.db).
 
     Raises InputError if there is no such folder, if it has fewer than two classes or a class without pictures, and
     if a file in it is not a picture.
     """
     images, labels = [], []
     for label, folder in enumerate(_class_folders(Path(path).expanduser())):
-        files = [file for file in sorted(folder.iterdir()) if file.is_file() and not file.name.startswith(".")]
+        files = [file for file in sorted(folder.iterdir()) if file.is_file() and not _is_added(file)]
         if not files:
             raise InputError(f"the class folder {folder} has no pictures: add some, or remove the folder")
-        images += [load_picture(file, image_size) for file in files]
+        images += [_picture_of_class(file, image_size) for file in files]
         labels += [label] * len(files)
     return torch.stack(images), torch.tensor(labels, dtype=torch.int64)
+
+
+def _is_added(file: Path) -> bool:
+    """Whether a file is one that systems put beside pictures by themselves."""
+    return file.name.startswith(".") or file.name.lower() in ("thumbs.db", "desktop.ini")
+
+
+def _picture_of_class(file: Path, image_size: int) -> Tensor:
+    """A picture in a class folder, where a file that is none has no business."""
+    try:
+        return load_picture(file, image_size)
+    except InputError as error:
+        raise InputError(f"{error}; a data set takes pictures alone: or remove this file from the folder") from error
 
 
 def digest(*tensors: Tensor) -> str:
