@@ -165,6 +165,9 @@ def test_command(run: Run, weights: Path, tmp_path: Path) -> None:
     ("arguments", "expected"),
     [
         (("--model", "cnn"), "prototype-abs and nearest-neighbor"),
+        (("--model", "abs"), "--estimates"),
+        (("--radius", "1.5"), "give --norm with --radius"),
+        (("--radius", "1.5", "--norm", "l1", "--norm", "l2"), "radius is 1.5 for l1, l2 alike"),
         (("--norm", "l3"), "norm is 'l3'"),
         (("--radius", "-1"), "radius is -1.0"),
         (("--radius", "nan"), "radius is nan"),

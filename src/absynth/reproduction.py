@@ -123,8 +123,16 @@ def certify_model(
     root: str | Path | None = None,
     progress: Told | None = None,
 ) -> dict[str, Certified]:
-    """``absynth.evaluation.certify`` for a model by name, in the folder that its attacks go into."""
+    """``absynth.evaluation.certify`` for a model by name, in the folder that its attacks go into.
+
+    Raises InputError for a ``radius`` that would stand for several norms: 1.5 is a little in L1 and all in L-infinity.
+    """
     check_request(norms, radius)  # before the model is loaded, which takes seconds
+    if radius is not None and len(set(norms)) > 1:
+        raise InputError(
+            f"radius is {radius:g} for {', '.join(norms)} alike, which measure different things: give --norm with "
+            "--radius, one of them"
+        )
     classifier = load_any(model, weights=weights, root=root)
     return certify(
         classifier, dataset, norms=norms, images=images, out=run_folder(out, model), radius=radius,

@@ -117,7 +117,8 @@ def certify(
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="How many of the first test images.")] = 1000,
     radius: Annotated[
-        float | None, typer.Option(help="Where to take the certified accuracy. Default: the paper's thresholds.")
+        float | None,
+        typer.Option(help="Where to take the certified accuracy, in one --norm. Default: the paper's thresholds."),
     ] = None,
     estimates: Annotated[
         bool, typer.Option("--estimates", help="The paper's bounds of an ABS model instead: no guarantee.")
