@@ -70,7 +70,8 @@ def check_model(model: object) -> None:
     if not isinstance(model, HasPrototypes):
         raise InputError(
             f"{type(model).__name__} has no certificates: only classifiers by the nearest prototype have them, "
-            "prototype-abs, saturating-prototype-abs and nearest-neighbor"
+            "prototype-abs, saturating-prototype-abs and nearest-neighbor; the paper's bounds of abs and binary-abs, "
+            "which guarantee nothing, are what --estimates gives"
         )
 
 
