@@ -247,7 +247,9 @@ def test_evaluate(run: Run, weights: Path) -> None:
 
 def test_evaluate_errors(run: Run, weights: Path, tmp_path: Path) -> None:
     options = ("evaluate", "--data", "digits", "--weights", weights)
-    assert_error(run(*options, "--model", "cn"), "did you mean cnn")
+    assert_error(run(*options, "--model", "cn"), "did you mean cnn", "package.module:factory")
+    assert_error(run(*options, "--model", ":lin"), "':lin' names no module", "package.module:factory")
+    assert_error(run(*options, "--model", "mine:"), "'mine:' names no function", "package.module:factory")
     assert_error(run(*options, "--images", 501), "501", "500")
     assert_error(run(*options, "--images", 0), "images is 0")
     assert_error(run("evaluate", "--data", "digit", "--weights", weights), "did you mean digits")

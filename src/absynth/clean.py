@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from absynth import data, zoo
 from absynth.checks import check_logits, usable_device
-from absynth.errors import InputError
+from absynth.errors import InputError, unknown_name
 from absynth.evaluation.doubts import PROBED, answer_doubts
 from absynth.evaluation.judge import device_of
 from absynth.evaluation.plan import image_indices, load_model
@@ -160,3 +160,6 @@ def load_any(name: str, *, weights: str | Path | None = None, root: str | Path |
     if ":" in name:
         return load_model(name)
     return zoo.load(name, folder=weights, root=root)
+    if name not in zoo.names() and not name.endswith(".safetensors"):
+        listed = f"{', '.join(zoo.names())}; a weight file by its path, a model of your own as package.module:factory"
+        raise unknown_name("model", name, zoo.names(), listed)

@@ -101,6 +101,9 @@ def load_model(name: str) -> nn.Module:
         model: nn.Module = zoo.load(name)
         return model.eval()
     module_name, _, factory_name = name.partition(":")
+    if not module_name or not factory_name:
+        missing = "function" if module_name else "module"
+        raise InputError(f"model {name!r} names no {missing}: give package.module:factory")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
