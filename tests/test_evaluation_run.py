@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 import evaluation_models as models
+from absynth.attacks.binary import Thresholded
+from absynth.attacks.catalog import ATTACKS
 from absynth.attacks.gradient import FastGradient
 from absynth.classifiers import ABS
 from absynth.errors import InputError
@@ -340,6 +342,15 @@ def test_suites_fit_the_model() -> None:
     (attack,) = choose_attacks("deepfool-l2", ALL_NORMS, thresholded)
     assert attack.name == "deepfool-refined-l2"
     assert choose_attacks("none", ALL_NORMS, models.Linear()) == ()
+
+
+def test_attacks_that_are_not_installed_are_refused_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "autoattack", None)
+    with pytest.raises(InputError, match="AutoAttack is not installed: pip install"):
+        run(tmp_path, suite="autoattack")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="AutoAttack is not installed: pip install"):
+        choose_attacks([Thresholded(ATTACKS["autoattack-l2"], 0.5)], ALL_NORMS, models.Linear())
 
 
 def test_clean_accuracy_alone(tmp_path: Path) -> None:

@@ -226,6 +226,9 @@ class Attack(ABC):
                 found[candidates[held]] = True
         return Proposals(adversarials, found)
 
+    def check_installed(self) -> None:  # noqa: B027 (most attacks need no more than absynth itself)
+        """Raise InputError where a package that the attack needs is missing."""
+
     @abstractmethod
     def search(self, problem: Problem) -> Proposals:
         """The attack itself, on images none of which meets the goal yet."""

@@ -294,13 +294,11 @@ class AutoAttack(Attack):
     deterministic = False
     queries = "about 1,000 gradients, 5,000 predictions"
 
+    def check_installed(self) -> None:
+        """Raise InputError without the package ``autoattack``."""
+        _ensemble()
+
     def search(self, problem: Problem) -> Proposals:
-        try:
-            from autoattack import AutoAttack as Ensemble  # type: ignore[import-not-found]
-        except ImportError as missing:
-            raise InputError(
-                "AutoAttack is not installed: pip install git+https://github.com/fra31/auto-attack, or leave it out"
-            ) from missing
         if problem.goal.toward or self.norm == L0:
             raise InputError("AutoAttack here is untargeted, in l1, l2 or linf: use boundary-projection instead")
         name = {L1: "L1", L2: "L2", LINF: "Linf"}[self.norm]
@@ -309,7 +307,18 @@ class AutoAttack(Attack):
         for row in torch.arange(len(problem), device=problem.images.device).split(1):
             part = problem.rows(row)
             with _seeded(int(part.seeds[0])):
-                ensemble = Ensemble(part.classifier, norm=name, eps=self.radius, device=device, verbose=False)
+                ensemble = _ensemble()(part.classifier, norm=name, eps=self.radius, device=device, verbose=False)
                 images = ensemble.run_standard_evaluation(part.images, part.goal.classes, bs=1)
             best.update(row, images, part.met(images))
         return best.proposals()
+
+
+def _ensemble() -> Any:
+    """The class of the package, which is not among the libraries that absynth declares."""
+    try:
+        from autoattack import AutoAttack as Ensemble  # type: ignore[import-not-found]
+    except ImportError as missing:
+        raise InputError(
+            "AutoAttack is not installed: pip install git+https://github.com/fra31/auto-attack, or leave it out"
+        ) from missing
+    return Ensemble

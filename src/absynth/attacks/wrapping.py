@@ -50,6 +50,10 @@ class Wrapping(Attack):
         """As the inner attack, and one more."""
         return f"{self.attack.queries}, and 1 prediction"
 
+    def check_installed(self) -> None:
+        """As the inner attack."""
+        self.attack.check_installed()
+
     @property
     def in_small_steps(self) -> bool:
         """As the inner attack."""

@@ -171,13 +171,13 @@ def choose_attacks(suite: str | Iterable[Attack], norms: Sequence[str], model: C
     Latent attacks are left out for a model without ``analyze``. For a model with a ``threshold`` every attack refines
     its adversarials across it; for one with a ramp attacks that know it are added, and all others tighten what they
     find. Transfer attacks take the zoo's ``transfer-cnn`` as their substitute and are left out
-    where the zoo has none for such images.
+    where the zoo has none for such images. Raises InputError where a package that an attack needs is missing.
     """
     from absynth.norms import parse
 
     wanted = [parse(norm) for norm in norms]
     if not isinstance(suite, str):
-        return tuple(attack for attack in suite if attack.norm in wanted)
+        return _installed([attack for attack in suite if attack.norm in wanted])
     if suite == "none":
         return ()
     from absynth.attacks.catalog import lookup
@@ -199,7 +199,14 @@ def choose_attacks(suite: str | Iterable[Attack], norms: Sequence[str], model: C
         raise InputError(
             f"suite {suite!r} has no attack in {', '.join(norms)} for this model: `absynth attacks` lists all"
         )
-    return tuple(chosen)
+    return _installed(chosen)
+
+
+def _installed(attacks: Sequence[Attack]) -> tuple[Attack, ...]:
+    """The attacks, if all can run: said before anything does, not by each of their rows."""
+    for attack in attacks:
+        attack.check_installed()
+    return tuple(attacks)
 
 
 def _is_setting(key: str, value: Any) -> bool:
