@@ -99,6 +99,10 @@ def describe_model(name: str, *, folder: str | Path | None = None, root: str | P
         return Model(name, description, parameters=0, data="mnist", problem=problem)
     if folder is None and not path.exists():
         return Model(name, description, problem="not shipped; train with 'absynth train NAME --out weights'")
+    if not path.exists():  # the same words for all models: a folder with two of them is told in one line of the rest
+        return Model(
+            name, description, problem=f"no weight file in {folder}: 'absynth train NAME --out {folder}' makes one"
+        )
     try:
         file = weight_files.read(path)
         parameters = count_parameters(file)

@@ -255,8 +255,8 @@ def _at_hand(weights: Path | None, root: Path | None, *, cheap: bool) -> list[st
         if name in found:
             found.remove(name)
             problems[name] = f"it answers a hundred times for each question; --model {name} attacks it all the same"
-    for name, problem in problems.items():
-        note(f"left out {name}: {problem}")
+    for problem in dict.fromkeys(problems.values()):
+        note(f"left out {', '.join(name for name, one in problems.items() if one == problem)}: {problem}")
     if not found:
         raise InputError(
             "no model has weights here: run 'absynth train abs --out weights' and add the option --weights weights"
