@@ -35,8 +35,10 @@ def test_measure_exactly() -> None:
     assert found.log_likelihood == pytest.approx(expected, abs=1e-6)
     assert found.confidence_histogram == (0, 0, 0, 0, 0, 0, 0, 1, 0, 3) or found.confidence_histogram[7:] == (1, 3, 0)
     assert found.refused is None
+    told: list[int] = []
     with pytest.raises(absynth.InputError, match="2 classes"):
-        measure(classifier, images, torch.tensor([0, 0, 1, 2]))
+        measure(classifier, images, torch.tensor([0, 0, 1, 2]), progress=lambda done, _total, _text: told.append(done))
+    assert not told  # of nothing that goes on before it fails
 
 
 @pytest.mark.parametrize(

@@ -90,19 +90,20 @@ def measure(
     """Measure a classifier on images (N,C,S,S) in [0,1] and labels (N,). Raises InputError where they do not fit."""
     if not len(images) or labels.shape != images.shape[:1]:
         raise InputError(f"{len(images)} images and labels {tuple(labels.shape)}: give a label an image")
-    given, parts = [], []
+    given, parts = list[Tensor](), list[Tensor]()
     device = device_of(model)
     for chunk in images.split(BATCH if device.type == "cpu" else GPU_BATCH):
         chosen, probabilities = answers(model, chunk.to(device))
+        if not given and int(labels.max()) >= probabilities.shape[1]:
+            raise InputError(
+                f"a label is {int(labels.max())}, the model has {probabilities.shape[1]} classes: give the data set it "
+                "was made for"
+            )
         given.append(chosen.cpu())
         parts.append(probabilities.cpu())
         if progress is not None:
             progress(sum(len(part) for part in parts), len(images), "")
     found = torch.cat(parts)  # (N,K)
-    if int(labels.max()) >= found.shape[1]:
-        raise InputError(
-            f"a label is {int(labels.max())}, the model has {found.shape[1]} classes: give the data set it was made for"
-        )
     is_right = torch.cat(given) == labels  # (N,)
     right = int(is_right.sum())
     confidence = found.amax(1)
@@ -159,7 +160,7 @@ def load_any(name: str, *, weights: str | Path | None = None, root: str | Path |
     """A model of the zoo by name or weight file, or ``factory()`` for ``package.module:factory``."""
     if ":" in name:
         return load_model(name)
-    return zoo.load(name, folder=weights, root=root)
     if name not in zoo.names() and not name.endswith(".safetensors"):
         listed = f"{', '.join(zoo.names())}; a weight file by its path, a model of your own as package.module:factory"
         raise unknown_name("model", name, zoo.names(), listed)
+    return zoo.load(name, folder=weights, root=root)
