@@ -72,6 +72,11 @@ def usable_device(name: str | torch.device) -> torch.device:
     """The device of this name, e.g. "cpu" or "cuda". Raises InputError for one that is not there."""
     try:
         device = torch.device(name)
+    except RuntimeError as error:  # whose message lists twenty kinds of devices
+        raise InputError(
+            f"unknown device {str(name)!r}: expected cpu, cuda or cuda:N; use cpu, or cuda where there is a GPU"
+        ) from error
+    try:
         torch.zeros(1, device=device).item()  # the device "meta" has room for nothing, and so no item
     except (RuntimeError, AssertionError) as error:
         raise InputError(
