@@ -314,6 +314,13 @@ def test_distal_images_go_on_after_the_last_model(weights: Path, tmp_path: Path)
     assert images("transfer-cnn") == ["transfer-cnn"]
     assert list(load_distal(tmp_path)) == ["transfer-cnn", "cnn", "abs"]  # what is there stays
     assert images("cnn", target=2) == ["cnn"] and list(load_distal(tmp_path)) == ["cnn"]  # made another way
+    seen: list[tuple[int, int]] = []
+    distal_images(
+        ["cnn", "madry"], tmp_path, dataset="digits", count=2, steps=3, weights=weights,
+        progress=lambda done, total, _name: seen.append((done, total)),
+    )  # fmt: skip
+    assert seen == sorted(seen) and seen[-1] == (6, 6)  # one bar for both models, which ends where it says
+    images("cnn", target=2)
     save_distal(tmp_path, load_distal(tmp_path))  # nobody knows how these were made
     assert images("cnn", target=2) == ["cnn"]
 

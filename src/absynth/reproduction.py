@@ -191,19 +191,26 @@ def distal_images(
     channels, height, width = images.shape[1:]
     shape = (channels, height, width)
     way = json.dumps({"target": target, "count": count, "steps": steps, "seed": seed, "shape": shape})
+    classifiers = {name: load_any(name, weights=weights, root=root).to(place) for name in models}
+    hows = {name: f"{model_digest(one)} {way}" for name, one in classifiers.items()}
     there = {name: kept for name, kept in made_distal(out).items() if kept[1].endswith(way)}
-    for name in models:
-        classifier = load_any(name, weights=weights, root=root).to(place)
-        how = f"{model_digest(classifier)} {way}"
-        if name in there and there[name][1] == how:
-            continue
+    todo = [name for name, how in hows.items() if name not in there or there[name][1] != how]
+    for number, name in enumerate(todo):
+        reached = 0
 
-        def tell(done: int, total: int, name: str = name) -> None:
-            if progress is not None:
-                progress(done, total, name)
+        def tell(done: int, name: str = name, number: int = number) -> None:
+            nonlocal reached
+            reached = done
+            if progress is not None:  # of all models: each is an equal share
+                progress(number * steps + done, len(todo) * steps, name)
 
-        one = distal(classifier, target, count=count, shape=shape, steps=steps, seed=seed, progress=tell)
-        there[name] = one, how
+        one = distal(
+            classifiers[name], target, count=count, shape=shape, steps=steps, seed=seed,
+            progress=lambda done, _total, tell=tell: tell(done),  # type: ignore[misc]
+        )  # fmt: skip
+        if reached < steps:
+            tell(steps)  # most images take far fewer
+        there[name] = one, hows[name]
         names = [*(name for name in models if name in there), *(name for name in there if name not in models)]
         save_distal(out, {name: there[name][0] for name in names}, {name: there[name][1] for name in names})
     return {name: there[name][0] for name in models}
