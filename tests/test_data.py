@@ -355,7 +355,7 @@ def test_bad_folders(folder, tmp_path):
         path.unlink()
     fails("10 has one picture", folder, "test")
     (folder / "2" / "notes.txt").write_text("seven")
-    fails(r"notes.txt is not a picture.* remove this file", folder, "test")
+    fails(r"notes.txt is not a picture.* remove this file or convert it", folder, "test")
 
 
 # Holding out, digests, names

@@ -123,7 +123,7 @@ def _picture_of_class(file: Path, image_size: int) -> Tensor:
     try:
         return load_picture(file, image_size)
     except InputError as error:
-        raise InputError(f"{error}; a data set takes pictures alone: or remove this file from the folder") from error
+        raise InputError(f"{error}; a class folder takes pictures alone: remove this file or convert it") from error
 
 
 def digest(*tensors: Tensor) -> str:
