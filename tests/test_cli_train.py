@@ -47,11 +47,13 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-def finish(*arguments: object) -> None:
+def finish(*arguments: object) -> str:
+    """What was said on stderr."""
     process = start(*arguments)
     out, err = process.communicate(timeout=900)
     assert process.returncode == 0, err
     assert "of the test images right" in out
+    return err
 
 
 def test_interrupted_and_killed(two_classes: Path, tmp_path: Path) -> None:
@@ -88,6 +90,23 @@ def test_interrupted_and_killed(two_classes: Path, tmp_path: Path) -> None:
 def test_interrupted_workers(two_classes: Path, tmp_path: Path) -> None:
     """ABS trains in several processes: Ctrl-C ends them all, quietly."""
     arguments = ("abs", "--data", two_classes, "--effort", 0.2, "--out", tmp_path)
+def test_weights_of_another_training_are_not_replaced(two_classes: Path, tmp_path: Path) -> None:
+    arguments = ("cnn", "--data", two_classes, "--out", tmp_path)
+    assert "going on" not in finish(*arguments, "--effort", 0.1)
+    header = weight_files.read(tmp_path / "cnn.safetensors").header
+    assert header["command"].endswith(" --seed 0 --effort 0.1")
+    for options, message in (
+        (("--effort", 0.2), "effort 0.1, this training has effort 0.2"),
+        (("--effort", 0.1, "--seed", 1), "seed 0, this training has seed 1"),
+    ):
+        process = start(*arguments, *options)
+        _, err = process.communicate(timeout=600)
+        assert process.returncode == 2 and len(err.splitlines()) == 1
+        assert f"cnn.safetensors holds weights trained with {message}: give another folder" in err
+    finish(*arguments, "--effort", 0.1)  # the same again is no other
+    assert weight_files.read(tmp_path / "cnn.safetensors").digest == header["digest"]
+
+
     process = start(*arguments)
     wait_for(tmp_path / "abs.training", process)
     deadline = time.monotonic() + 600

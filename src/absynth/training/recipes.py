@@ -59,8 +59,9 @@ class Run:
         root: str | Path | None,
         progress: Progress | None,
         device: str | torch.device = "cpu",
+        effort: float = 1.0,
     ) -> None:
-        self.device = torch.device(device)
+        self.device, self.effort = torch.device(device), effort
         self.name, self.dataset, self.out, self.seed, self.progress = name, dataset, Path(out), seed, progress
         images, labels = data.load(dataset, "train", root)
         self.test = data.load(dataset, "test", root)
@@ -79,12 +80,34 @@ class Run:
 
     def header(self, config: dict[str, Any], clean: float, **more: Any) -> dict[str, Any]:
         command = f"absynth train {self.name} --data {self.dataset} --seed {self.seed}"
+        command += "" if self.effort == 1 else f" --effort {self.effort:g}"
         return {
-            "model": self.name, "config": config, "data": str(self.dataset), "data_digest": self.data_digest,
-            "seed": self.seed, "accuracy": clean,
+            "model": self.name, "config": config, **self.settings(), "accuracy": clean,
             "command": command if self.device.type == "cpu" else f"{command} --device {self.device}",
             **more,
         }  # fmt: skip
+
+    def settings(self) -> dict[str, Any]:
+        """What was asked for, as the header of the weight file says it."""
+        return {
+            "data": str(self.dataset), "data_digest": self.data_digest, "seed": self.seed, "effort": float(self.effort),
+        }  # fmt: skip
+
+    def check_replaces(self, path: Path) -> None:
+        """Raise InputError where the weights at ``path`` were trained otherwise: hours of work are not replaced."""
+        if not path.exists():
+            return
+        try:
+            there = weight_files.read(path).header
+        except InputError:  # damaged: good for nothing but to be made anew
+            return
+        wanted = self.settings()
+        for key, shown in (("data_digest", "data"), ("seed", "seed"), ("effort", "effort")):
+            if key in there and there[key] != wanted[key]:  # files of before know no effort
+                raise InputError(
+                    f"{path} holds weights trained with {shown} {there[shown]}, this training has {shown} "
+                    f"{wanted[shown]}: give another folder, or remove that file"
+                )
 
 
 def train(
@@ -104,7 +127,7 @@ def train(
     ``effort`` scales the number of steps: 1 is the shipped quality. "binary-abs" and "prototype-abs" need the "abs"
     weights in ``out`` and train them first if they are missing. The first two phases of the generative models run in
     processes on the CPU, all else on ``device``. Raises InputError for unknown names, for checkpoints of another
-    training and for a device that is not there.
+    training, for weights of another training in ``out`` and for a device that is not there.
     """
     if name not in _RECIPES:
         raise unknown_name("model", name, _RECIPES)
@@ -112,9 +135,10 @@ def train(
         raise InputError(
             f"effort is {effort}; expected a positive factor on the training steps, 1 for the shipped quality"
         )
-    run = Run(name, dataset, out, seed, root, progress, usable_device(device))
-    tensors, header = _RECIPES[name](run, effort)
+    run = Run(name, dataset, out, seed, root, progress, usable_device(device), effort)
     path = run.out / f"{name}.safetensors"
+    run.check_replaces(path)
+    tensors, header = _RECIPES[name](run, effort)
     weight_files.write(path, tensors, header)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     return path
