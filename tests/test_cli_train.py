@@ -81,15 +81,13 @@ def test_interrupted_and_killed(two_classes: Path, tmp_path: Path) -> None:
     process.communicate(timeout=600)
     assert not (out / "cnn.safetensors").exists()
 
-    finish(*arguments, "--out", out)
+    said = finish(*arguments, "--out", out).splitlines()
+    assert said[0].startswith(f"going on from {checkpoint} (epoch ")
     files = [tmp_path / folder / "cnn.safetensors" for folder in ("through", "stopped")]
     assert weight_files.read(files[0]).digest == weight_files.read(files[1]).digest
     assert not checkpoint.parent.exists()
 
 
-def test_interrupted_workers(two_classes: Path, tmp_path: Path) -> None:
-    """ABS trains in several processes: Ctrl-C ends them all, quietly."""
-    arguments = ("abs", "--data", two_classes, "--effort", 0.2, "--out", tmp_path)
 def test_weights_of_another_training_are_not_replaced(two_classes: Path, tmp_path: Path) -> None:
     arguments = ("cnn", "--data", two_classes, "--out", tmp_path)
     assert "going on" not in finish(*arguments, "--effort", 0.1)
@@ -107,6 +105,9 @@ def test_weights_of_another_training_are_not_replaced(two_classes: Path, tmp_pat
     assert weight_files.read(tmp_path / "cnn.safetensors").digest == header["digest"]
 
 
+def test_interrupted_workers(two_classes: Path, tmp_path: Path) -> None:
+    """ABS trains in several processes: Ctrl-C ends them all, quietly."""
+    arguments = ("abs", "--data", two_classes, "--effort", 0.2, "--out", tmp_path)
     process = start(*arguments)
     wait_for(tmp_path / "abs.training", process)
     deadline = time.monotonic() + 600

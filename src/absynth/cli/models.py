@@ -85,9 +85,12 @@ def train(
     Stopped at any moment, the same command continues."""
     from absynth.inventory import check_trainable
     from absynth.training.recipes import train as run
+    from absynth.training.recipes import what_goes_on
     from absynth.weight_files import read
 
     check_trainable(name, out)
+    if line := what_goes_on(name, out):
+        note(line)
     with kept("what was trained is", out / f"{name}.training"), progress(f"training {name}") as report:
         path = run(name, data, out=out, seed=seed, root=root, effort=effort, progress=report, device=device)
     header = read(path).header

@@ -144,6 +144,17 @@ def train(
     return path
 
 
+def what_goes_on(name: str, out: str | Path) -> str:
+    """A line about the latest checkpoint of a training that was stopped; empty where there is none."""
+    found = sorted((Path(out) / f"{name}.training").glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
+    saved = load_checkpoint(found[-1]) if found else None
+    if saved is None:
+        return ""
+    places = {"step": "step", "epoch": "epoch", "epochs_done": "epoch", "round": "round"}
+    reached = next((f" ({shown} {saved[1][key]})" for key, shown in places.items() if key in saved[1]), "")
+    return f"going on from {found[-1]}{reached}"
+
+
 def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     base = GenerativeConfig(seed=run.seed)
     config = replace(
