@@ -68,12 +68,19 @@ def test_both_phases_lower_the_energy(digits: tuple[Tensor, Tensor]) -> None:
     assert error < 0.7 * blank  # better than the mean image: the latents say something
 
 
-@pytest.mark.parametrize("stop_at", [3, 6, 9])
+NOISY = replace(TINY, vae_steps=13, decoder_steps=0, kl_first=2.0, kl_last=0.5)  # without a second phase
+
+
+@pytest.mark.parametrize(("config", "stop_at"), [(TINY, 3), (TINY, 6), (TINY, 9), (NOISY, 9), (NOISY, 13)])
 def test_a_stopped_training_ends_in_the_same_weights(
-    digits: tuple[Tensor, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    digits: tuple[Tensor, Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: GenerativeConfig,
+    stop_at: int,
 ) -> None:
     monkeypatch.setattr(generative, "CHECKPOINT_EVERY", 2)
-    whole = train_class(digits[0][:80], 3, TINY)
+    whole = train_class(digits[0][:80], 3, config)
 
     def stop(step: int, total: int, text: str) -> None:
         if step == stop_at:
@@ -81,12 +88,39 @@ def test_a_stopped_training_ends_in_the_same_weights(
 
     file = tmp_path / "class.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        train_class(digits[0][:80], 3, TINY, checkpoint=file, progress=stop)
+        train_class(digits[0][:80], 3, config, checkpoint=file, progress=stop)
     steps: list[int] = []
-    resumed = train_class(digits[0][:80], 3, TINY, checkpoint=file, progress=lambda s, _t, _x: steps.append(s))
+    resumed = train_class(digits[0][:80], 3, config, checkpoint=file, progress=lambda s, _t, _x: steps.append(s))
     assert same(whole, resumed)
     assert not steps or steps[0] > stop_at - 2  # it did go on from the checkpoint
-    assert not same(whole, train_class(digits[0][:80], 4, TINY))
+    assert not same(whole, train_class(digits[0][:80], 4, config))
+
+
+def test_the_divergence_weighs_less_and_less() -> None:
+    config = GenerativeConfig(beta=2.0, kl_first=4.0, kl_last=0.5, kl_until=0.4)
+    assert [round(config.kl_weight(done), 6) for done in (0.0, 0.2, 0.4, 0.9)] == [8.0, 4.5, 1.0, 1.0]
+    assert [GenerativeConfig().kl_weight(done) for done in (0.0, 0.3, 1.0)] == [1.0, 1.0, 1.0]
+
+
+def test_without_a_second_phase_latents_are_what_the_encoder_says(digits: tuple[Tensor, Tensor]) -> None:
+    zeros = digits[0][:80]
+    trained = train_class(zeros, 0, replace(NOISY, vae_steps=300))
+    with torch.no_grad():
+        assert torch.equal(trained.latents, torch.cat([trained.vae.encoder(chunk)[0] for chunk in zeros.split(256)]))
+        error = (zeros - trained.vae.decoder(trained.latents)).square().flatten(1).sum(1).mean()
+    assert error < 0.7 * (zeros - zeros.mean(0)).square().flatten(1).sum(1).mean()
+    light, heavy = (train_class(zeros, 0, replace(NOISY, kl_first=weight, kl_last=weight)) for weight in (0.1, 50.0))
+    assert heavy.latents.norm() < light.latents.norm()  # the weight reaches the loss
+
+
+def test_more_effort_trains_abs_by_the_longer_plan() -> None:
+    short, eight = recipes.plan_of_abs(1.0, seed=7)
+    long, cycles = recipes.plan_of_abs(3.0, seed=7)
+    assert (short.vae_steps, short.decoder_steps, short.seed) == (300, 5000, 7) and [c.rounds for c in eight] == [8]
+    assert (long.vae_steps, long.decoder_steps, long.seed) == (6000, 0, 7)
+    assert [c.rounds for c in cycles] == [6, 16, 24] and [c.seed for c in cycles] == [700, 701, 702]
+    assert recipes.plan_of_abs(2.0)[0].vae_steps == 4000 and recipes.plan_of_abs(1.9)[0].decoder_steps == 9500
+    assert [c.rounds for c in recipes.plan_of_abs(6.0)[1]] == [6, 16, 24]
 
 
 def test_another_trainings_checkpoint_is_refused(digits: tuple[Tensor, Tensor], tmp_path: Path) -> None:

@@ -8,6 +8,10 @@ encoder gave it, the inverse of the energy's curvature there, and ends in the ba
 the cost a step of the first phase, it lowers the energy of unseen images far faster than more of the first phase does
 (LOG.md, 2026-11-23).
 
+Without a second phase (``decoder_steps`` 0) a longer first one, on moved images, takes its place. Its noise on the
+latents is what keeps adversarials away, in L-infinity above all (LOG.md, 2026-11-27); energies that are as low take
+several times as long.
+
 Classes are independent: on a CPU they are trained side by side, one process and one thread for each core.
 """
 
@@ -41,7 +45,11 @@ Progress = Callable[[int, int, str], None]  # (steps done, steps in all, a line 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerativeConfig:
-    """How one class's model is trained. Steps, not epochs, so that a small data set gets as much training."""
+    """How one class's model is trained. Steps, not epochs, so that a small data set gets as much training.
+
+    In a class's first phase the KL divergence weighs ``kl_first`` times ``beta`` at the first step, ``kl_last`` times
+    from ``kl_until``, a share of the steps, on.
+    """
 
     latent_size: int = 8
     beta: float = 1.0
@@ -49,6 +57,9 @@ class GenerativeConfig:
     vae_steps: int = 300
     vae_batch_size: int = 32
     vae_learning_rate: float = 3e-3
+    kl_first: float = 1.0
+    kl_last: float = 1.0
+    kl_until: float = 0.5
     augmentation: Augmentation = field(default_factory=lambda: Augmentation(rotation=3, zoom=0.05, shear=3, shift=0))
     decoder_steps: int = 5000
     decoder_batch_size: int = 16
@@ -57,10 +68,10 @@ class GenerativeConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.vae_steps, self.decoder_steps, self.vae_batch_size, self.decoder_batch_size) < 1:
+        if min(self.vae_steps, self.vae_batch_size, self.decoder_batch_size) < 1:
             raise InputError(f"{self}: steps and batch sizes must be at least 1")
-        if self.shared_steps < 0:
-            raise InputError(f"shared_steps is {self.shared_steps}; expected 0 or more")
+        if min(self.shared_steps, self.decoder_steps) < 0:
+            raise InputError(f"{self}: shared_steps and decoder_steps must be 0 or more")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}; expected a whole number from 0 to {2**32 - 1}")
 
@@ -68,6 +79,11 @@ class GenerativeConfig:
     def steps(self) -> int:
         """Of one class, what all share left out."""
         return self.vae_steps + self.decoder_steps
+
+    def kl_weight(self, done: float) -> float:
+        """Of the KL divergence, after the share ``done`` of the first phase."""
+        left = max(0.0, 1 - done / self.kl_until)
+        return self.beta * (self.kl_last + (self.kl_first - self.kl_last) * left)
 
 
 @dataclass(frozen=True)
@@ -106,6 +122,8 @@ def train_class(
         identity["start"] = digest(*start.state_dict().values())
     state = _State(vae, config, len(images))
     _advance(state, images, number, config.steps, identity, checkpoint, progress, f"class {number}")
+    if not config.decoder_steps:
+        state.infer(images)
     return TrainedClass(vae.eval().requires_grad_(False), state.latents)
 
 
@@ -121,7 +139,7 @@ def shared_start(
     config = config or GenerativeConfig()
     vae = _begun(images, config, _ALL_CLASSES)
     identity = {"model": "shared vae", "config": asdict(config), "data_digest": digest(images)}
-    state = _State(vae, replace(config, vae_steps=config.shared_steps), len(images))
+    state = _State(vae, replace(config, vae_steps=config.shared_steps, kl_first=1.0, kl_last=1.0), len(images))
     _advance(state, images, _ALL_CLASSES, config.shared_steps, identity, checkpoint, progress, "all classes")
     return vae.eval().requires_grad_(False)
 
@@ -215,18 +233,22 @@ class _State:
         mean, log_variance = self.vae.encoder(batch)
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
         reconstructions = self.vae.decoder(mean + noise * torch.exp(0.5 * log_variance))
-        loss = negative_elbo(batch, reconstructions, mean, log_variance, config.beta)
-        self._descend(loss, config.vae_learning_rate, self.step / config.vae_steps)
+        done = self.step / config.vae_steps
+        loss = negative_elbo(batch, reconstructions, mean, log_variance, config.kl_weight(done))
+        self._descend(loss, config.vae_learning_rate, done)
         return float(loss.detach())
 
     def begin_second_phase(self, images: Tensor) -> None:
+        self.infer(images)
+        self._begin(self.vae.decoder)
+
+    def infer(self, images: Tensor) -> None:
         """Give every image the latents and the variance its encoder infers."""
         self.vae.eval()
         with torch.no_grad():
             moments = [self.vae.encoder(chunk) for chunk in images.split(256)]
         self.latents = torch.cat([mean for mean, _ in moments])
         self.variances = torch.cat([log_variance.exp() for _, log_variance in moments])
-        self._begin(self.vae.decoder)
 
     def decoder_step(self, batch: Tensor, chosen: Tensor) -> float:
         config = self.config

@@ -35,8 +35,8 @@ from absynth.training.prototypes import PrototypeConfig, train_prototypes, with_
 from absynth.training.sharpening import sharpen
 from absynth.vae import Decoder, VAEConfig
 
-# Cycles of the contrast, each from fresh candidates.
-CONTRAST = (ContrastConfig(),)
+#: With as much effort, ABS is trained by the longer of its two plans.
+THOROUGH = 2.0
 
 
 COPIES = Augmentation(rotation=5, zoom=0.05, shear=5, shift=0.3, bicubic=True)  # of images that centers are made of
@@ -155,18 +155,32 @@ def what_goes_on(name: str, out: str | Path) -> str:
     return f"going on from {found[-1]}{reached}"
 
 
-def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    base = GenerativeConfig(seed=run.seed)
-    config = replace(
-        base,
-        shared_steps=max(1, round(base.shared_steps * effort)),
-        vae_steps=max(1, round(base.vae_steps * effort)),
-        decoder_steps=max(1, round(base.decoder_steps * effort)),
-    )
-    cycles = [
-        replace(cycle, seed=100 * run.seed + number, rounds=max(1, round(cycle.rounds * min(1.0, effort))))
-        for number, cycle in enumerate(CONTRAST)
+def plan_of_abs(effort: float, seed: int = 0) -> tuple[GenerativeConfig, list[ContrastConfig]]:
+    """How ABS is trained: its autoencoders, then cycles of the contrast, each from fresh candidates.
+
+    Below ``THOROUGH`` a short first phase, decoders on latents of every image's own, and eight rounds: a quarter of an
+    hour on two cores at an effort of 1. From there on autoencoders with noise for all of their steps, and 46 rounds at
+    an effort of 3: three times as long, more accurate, and farther from adversarials (LOG.md, 2026-11-28).
+    """
+    if effort < THOROUGH:
+        generative, cycles, scale = GenerativeConfig(seed=seed), [ContrastConfig()], effort
+    else:
+        scale = effort / 3
+        generative = GenerativeConfig(
+            vae_steps=6000, decoder_steps=0, kl_first=2.0, kl_last=0.5, seed=seed,
+            augmentation=Augmentation(rotation=5, zoom=0.05, shear=4, shift=0.3),
+        )  # fmt: skip
+        cycles = [ContrastConfig(rounds=6), ContrastConfig(rounds=16, learning_rate=1.5e-3), ContrastConfig(rounds=24)]
+    steps = {name: getattr(generative, name) for name in ("shared_steps", "vae_steps", "decoder_steps")}
+    generative = replace(generative, **{name: max(1, round(count * scale)) for name, count in steps.items() if count})
+    return generative, [
+        replace(cycle, seed=100 * seed + number, rounds=max(1, round(cycle.rounds * min(1.0, scale))))
+        for number, cycle in enumerate(cycles)
     ]
+
+
+def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    config, cycles = plan_of_abs(effort, run.seed)
     sizes = VAEConfig(run.train[0].shape[-1], run.train[0].shape[1], config.latent_size)
     rounds = sum(cycle.rounds for cycle in cycles) * run.classes * STAGES
     # a stage of the contrast takes about as long for a class as this many steps of its first two phases
