@@ -101,7 +101,7 @@ def describe_model(name: str, *, folder: str | Path | None = None, root: str | P
         return Model(name, description, problem="not shipped; train with 'absynth train NAME --out weights'")
     if not path.exists():  # the same words for all models: a folder with two of them is told in one line of the rest
         return Model(
-            name, description, problem=f"no weight file in {folder}: 'absynth train NAME --out {folder}' makes one"
+            name, description, problem=f"no weight file in {folder}: train it with 'absynth train NAME --out {folder}'"
         )
     try:
         file = weight_files.read(path)
