@@ -76,7 +76,8 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the weight file.")] = Path("weights"),
     seed: Annotated[int, typer.Option(help="Seed of all randomness.")] = 0,
     effort: Annotated[
-        float, typer.Option(help="Factor on the training steps; 1 is the shipped quality, and for abs 3 is better.")
+        float,
+        typer.Option(help="Factor on the training steps; 1: the shipped quality; abs from 2 on by a longer plan."),
     ] = 1.0,
     device: Device = "cpu",
     root: Root = None,

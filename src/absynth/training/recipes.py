@@ -160,7 +160,7 @@ def plan_of_abs(effort: float, seed: int = 0) -> tuple[GenerativeConfig, list[Co
 
     Below ``THOROUGH`` a short first phase, decoders on latents of every image's own, and eight rounds: a quarter of an
     hour on two cores at an effort of 1. From there on autoencoders with noise for all of their steps, and 46 rounds at
-    an effort of 3: three times as long, more accurate, and farther from adversarials (LOG.md, 2026-11-28).
+    an effort of 3: about three times as long, as accurate, and farther from adversarials (LOG.md, 2026-11-28).
     """
     if effort < THOROUGH:
         generative, cycles, scale = GenerativeConfig(seed=seed), [ContrastConfig()], effort
