@@ -76,9 +76,10 @@ def test_what_takes_days_is_attacked_only_when_asked_for(capsys: pytest.CaptureF
         (lambda x: x.flatten(1)[:, :10].softmax(1), "returns probabilities"),
         (lambda x: x.flatten(1)[:, :10] + torch.randn(len(x), 10), "changed between two calls"),
         (lambda x: x.flatten(1)[:, 300:310] - x.mean(), "depends on its batch"),
+        (lambda x: x.flatten(1)[:, 300:310].squeeze(), "probing the model failed"),  # one image: no batch any more
         (lambda x: x.flatten(1)[:, 300:310], ""),
     ],
-    ids=["probabilities", "random", "batch", "sound"],
+    ids=["probabilities", "random", "batch", "squeezed", "sound"],
 )
 def test_what_is_measured_is_doubted(answer: Callable[[torch.Tensor], torch.Tensor], doubt: str) -> None:
     images, labels = data.load("digits", "test")

@@ -88,16 +88,23 @@ def model_doubts(model: str, classifier: Classifier, images: Tensor, labels: Ten
         found = [*answer_doubts(classifier, images), *_gradients(classifier, images, labels)]
         return [Doubt(model, code, "model", message) for code, message in found]
     except Exception as error:
-        message = f"probing the model failed: {type(error).__name__}: {error}"
-        return [Doubt(model, "probe-failed", "model", " ".join(message.split())[:300])]
+        return [Doubt(model, "probe-failed", "model", _failed(error))]
+
+
+def _failed(error: Exception) -> str:
+    return " ".join(f"probing the model failed: {type(error).__name__}: {error}".split())[:300]
 
 
 @torch.no_grad()
 def answer_doubts(classifier: Classifier, images: Tensor) -> list[tuple[str, str]]:
-    """What is suspicious about the answers to images (n,C,H,W): codes and messages."""
-    first, second = classifier(images), classifier(images)
-    alone = torch.cat([classifier(image[None]) for image in images])
-    return list(_answers(first, second, alone))
+    """What is suspicious about the answers to images (n,C,H,W): codes and messages. A model that answers batches may
+    fail on one image, which is a doubt, too."""
+    try:
+        first, second = classifier(images), classifier(images)
+        alone = torch.cat([classifier(image[None]) for image in images])
+        return list(_answers(first, second, alone))
+    except Exception as error:
+        return [("probe-failed", _failed(error))]
 
 
 def _answers(first: Tensor, second: Tensor, alone: Tensor) -> Iterator[tuple[str, str]]:
