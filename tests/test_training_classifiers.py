@@ -29,6 +29,7 @@ from absynth.training.classifiers import (
     train_cnn,
     train_madry,
 )
+from absynth.training.run import Run
 
 STILL = Augmentation(rotation=0, zoom=0, shear=0, shift=0)
 TINY = CNNConfig(classes=3, maps=(8, 8, 8), epochs=3, batch_size=16, learning_rate=1e-2, averaging=0.9)
@@ -310,14 +311,14 @@ def test_networks_are_trained_on_the_device_asked_for(
     class Reached(Exception):
         pass
 
-    def placed(run: recipes.Run, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def placed(run: Run, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return split[0].to("meta"), split[1].to("meta")
 
     def reached(images: Tensor, labels: Tensor, *_: object, held_out: tuple[Tensor, Tensor], **__: object) -> None:
         assert {one.device.type for one in (images, labels, *held_out)} == {"meta"}
         raise Reached
 
-    monkeypatch.setattr(recipes.Run, "placed", placed)
+    monkeypatch.setattr(Run, "placed", placed)
     monkeypatch.setattr(module, function, reached)
     with pytest.raises(Reached):
         recipes.train(name, "digits", out=tmp_path, effort=0.01)

@@ -88,7 +88,7 @@ def train(
     Stopped at any moment, the same command continues."""
     from absynth.inventory import check_trainable
     from absynth.training.recipes import train as run
-    from absynth.training.recipes import what_goes_on
+    from absynth.training.run import what_goes_on
     from absynth.weight_files import read
 
     check_trainable(name, out)

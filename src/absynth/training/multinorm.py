@@ -23,6 +23,7 @@ from absynth.norms import L1, NORMS, Norm
 from absynth.training import recipes
 from absynth.training.augment import Augmentation, augment
 from absynth.training.classifiers import CNNConfig, FitConfig, HeldOut, Progress, _check_data, _fit, accuracy
+from absynth.training.run import Run
 
 L1_PIXELS = 10  # an L1 step changes the pixels of largest gradient, not one alone (Maini et al., section 4)
 
@@ -164,8 +165,8 @@ def train_noisy(
     return _fit("noisy", build, images, labels, config, prepare, measure, checkpoint, progress)
 
 
-def _balls_recipe(radii: tuple[tuple[str, float], ...], **settings: Any) -> Callable[[recipes.Run, float], Any]:
-    def recipe(run: recipes.Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _balls_recipe(radii: tuple[tuple[str, float], ...], **settings: Any) -> Callable[[Run, float], Any]:
+    def recipe(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
         base = BallsConfig(classes=run.classes, seed=run.seed, radii=radii, **settings)
         config = replace(base, epochs=max(1, round(base.epochs * effort)))
         run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -178,7 +179,7 @@ def _balls_recipe(radii: tuple[tuple[str, float], ...], **settings: Any) -> Call
     return recipe
 
 
-def train_smoothed_cnn(run: recipes.Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def train_smoothed_cnn(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The network under noise; the accuracy stated is that of the votes."""
     from absynth.smoothing import Smoothed  # here: weights are made without it
 
@@ -195,7 +196,7 @@ def train_smoothed_cnn(run: recipes.Run, effort: float) -> tuple[dict[str, Tenso
     return network.cpu().state_dict(), run.header(settings, clean, held_out_accuracy=held_out)
 
 
-RECIPES: dict[str, Callable[[recipes.Run, float], tuple[dict[str, Tensor], dict[str, Any]]]] = {
+RECIPES: dict[str, Callable[[Run, float], tuple[dict[str, Tensor], dict[str, Any]]]] = {
     "l2-adversarial": _balls_recipe((("l2", 2.0),), batch_size=128, epochs=8),
     "msd": _balls_recipe((("linf", 0.3), ("l2", 2.0), ("l1", 10.0)), batch_size=256, epochs=8, learning_rate=2e-3),
     "smoothed-cnn": train_smoothed_cnn,

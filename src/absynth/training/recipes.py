@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from absynth import data, weight_files, zoo
+from absynth import weight_files, zoo
 from absynth.checks import usable_device
 from absynth.classifiers import ABS, Calibrated
 from absynth.errors import InputError, unknown_name
@@ -32,6 +32,7 @@ from absynth.training.contrast import STAGES, ContrastConfig
 from absynth.training.explanations import explanations
 from absynth.training.generative import GenerativeConfig, train_classes
 from absynth.training.prototypes import PrototypeConfig, train_prototypes, with_more_latents
+from absynth.training.run import Run
 from absynth.training.sharpening import sharpen
 from absynth.vae import Decoder, VAEConfig
 
@@ -45,69 +46,6 @@ MOVES = Augmentation(rotation=8, zoom=0.08, shear=6, shift=0.6, elastic=0.3, bic
 PROTOTYPES = PrototypeConfig(
     latent_size=16, epochs=80, batch_size=512, margin=1.0, learning_rate=1e-3, augmentation=MOVES
 )
-
-
-class Run:
-    """One training: its data, its place on disk, and how it reports."""
-
-    def __init__(
-        self,
-        name: str,
-        dataset: str | Path,
-        out: str | Path,
-        seed: int,
-        root: str | Path | None,
-        progress: Progress | None,
-        device: str | torch.device = "cpu",
-        effort: float = 1.0,
-    ) -> None:
-        self.device, self.effort = torch.device(device), effort
-        self.name, self.dataset, self.out, self.seed, self.progress = name, dataset, Path(out), seed, progress
-        images, labels = data.load(dataset, "train", root)
-        self.test = data.load(dataset, "test", root)
-        self.classes = int(labels.max()) + 1
-        self.data_digest = data.digest(images, labels)
-        held_out = min(5000, len(images) // 6)
-        self.train, self.held_out = data.holdout(images, labels, held_out, seed=0)
-
-    def placed(self, split: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Images and labels on the device of the training."""
-        return split[0].to(self.device), split[1].to(self.device)
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.out / f"{self.name}.training"
-
-    def header(self, config: dict[str, Any], clean: float, **more: Any) -> dict[str, Any]:
-        command = f"absynth train {self.name} --data {self.dataset} --seed {self.seed}"
-        command += "" if self.effort == 1 else f" --effort {self.effort:g}"
-        return {
-            "model": self.name, "config": config, **self.settings(), "accuracy": clean,
-            "command": command if self.device.type == "cpu" else f"{command} --device {self.device}",
-            **more,
-        }  # fmt: skip
-
-    def settings(self) -> dict[str, Any]:
-        """What was asked for, as the header of the weight file says it."""
-        return {
-            "data": str(self.dataset), "data_digest": self.data_digest, "seed": self.seed, "effort": float(self.effort),
-        }  # fmt: skip
-
-    def check_replaces(self, path: Path) -> None:
-        """Raise InputError where the weights at ``path`` were trained otherwise: hours of work are not replaced."""
-        if not path.exists():
-            return
-        try:
-            there = weight_files.read(path).header
-        except InputError:  # damaged: good for nothing but to be made anew
-            return
-        wanted = self.settings()
-        for key, shown in (("data_digest", "data"), ("seed", "seed"), ("effort", "effort")):
-            if key in there and there[key] != wanted[key]:  # files of before know no effort
-                raise InputError(
-                    f"{path} holds weights trained with {shown} {there[shown]}, this training has {shown} "
-                    f"{wanted[shown]}: give another folder, or remove that file"
-                )
 
 
 def train(
@@ -142,17 +80,6 @@ def train(
     weight_files.write(path, tensors, header)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     return path
-
-
-def what_goes_on(name: str, out: str | Path) -> str:
-    """A line about the latest checkpoint of a training that was stopped; empty where there is none."""
-    found = sorted((Path(out) / f"{name}.training").glob("*.safetensors"), key=lambda file: file.stat().st_mtime)
-    saved = load_checkpoint(found[-1]) if found else None
-    if saved is None:
-        return ""
-    places = {"step": "step", "epoch": "epoch", "epochs_done": "epoch", "round": "round"}
-    reached = next((f" ({shown} {saved[1][key]})" for key, shown in places.items() if key in saved[1]), "")
-    return f"going on from {found[-1]}{reached}"
 
 
 def plan_of_abs(effort: float, seed: int = 0) -> tuple[GenerativeConfig, list[ContrastConfig]]:
@@ -195,7 +122,7 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
         *run.train, config, checkpoints=run.checkpoints, progress=lambda done, _total, text: progress(done, text)
     )
     decoders = [one.vae.decoder for one in trained]
-    check_finite(run, effort, decoders, [one.latents for one in trained])
+    check_finite(run, decoders, [one.latents for one in trained])
     starts = torch.stack([choose_candidates(one.latents, CANDIDATES, run.seed) for one in trained])
     before = whole - rounds * scale  # steps of the phases and cycles that are over
     for number, cycle in enumerate(cycles):
@@ -204,19 +131,19 @@ def _train_abs(run: Run, effort: float) -> tuple[dict[str, Tensor], dict[str, An
             beta=config.beta, checkpoint=run.checkpoints / f"contrast-{number}.safetensors",
             progress=lambda done, _total, text, before=before: progress(before + done * scale, text),  # type: ignore[misc]
         )  # fmt: skip
-        check_finite(run, effort, decoders, own + rival)
+        check_finite(run, decoders, own + rival)
         starts = choose_all_candidates(own, rival, run.seed)
         before += cycle.rounds * run.classes * STAGES * scale
     starts = widened(run, decoders, starts, sizes, config.beta, effort)
     return assemble_abs(run, decoders, starts, config, cycles)
 
 
-def check_finite(run: Run, effort: float, decoders: list[Decoder], latents: list[Tensor]) -> None:
+def check_finite(run: Run, decoders: list[Decoder], latents: list[Tensor]) -> None:
     """Raise InputError where a training has left weights or latents that are no numbers."""
     weights = [value for decoder in decoders for value in decoder.state_dict().values()]
     if not all(bool(tensor.isfinite().all()) for tensor in [*weights, *latents]):
         raise InputError(
-            f"the training of {run.name} diverged at effort {effort:g}, and its checkpoints are of no use: delete "
+            f"the training of {run.name} diverged at effort {run.effort:g}, and its checkpoints are of no use: delete "
             f"{run.checkpoints} and train with more effort, or another seed"
         )
 

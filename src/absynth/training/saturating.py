@@ -24,6 +24,7 @@ from absynth.training.candidates import choose_all_candidates
 from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.contrast import ContrastConfig
 from absynth.training.prototypes import PrototypeConfig, train_prototypes
+from absynth.training.run import Run
 from absynth.training.sharpening import sharpen
 from absynth.vae import Decoder, VAEConfig
 
@@ -42,7 +43,7 @@ PROTOTYPES = PrototypeConfig(
 )  # fmt: skip
 
 
-def train_saturating_prototype_abs(run: recipes.Run, effort: float) -> Trained:
+def train_saturating_prototype_abs(run: Run, effort: float) -> Trained:
     """Choose the ramp with the prototypes of prototype-abs, then train these on the responses."""
     path = run.out / "prototype-abs.safetensors"
     _train_first("prototype-abs", run, effort)
@@ -69,7 +70,7 @@ def train_saturating_prototype_abs(run: recipes.Run, effort: float) -> Trained:
 
 
 def choose_ramp(
-    run: recipes.Run, decoders: list[Decoder], latents: Tensor, beta: float, source: str, effort: float
+    run: Run, decoders: list[Decoder], latents: Tensor, beta: float, source: str, effort: float
 ) -> tuple[Ramp, dict[str, float]]:
     """The ramp behind which prototypes (K,M,D) prove most: the union of ``BALLS`` for the largest share of held-out
     images; and that share by a. ``source`` is the digest of their weights."""
@@ -97,7 +98,7 @@ def proved_share(model: SaturatingPrototypeABS, images: Tensor, labels: Tensor) 
     return float(held.all(0).double().mean())
 
 
-def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
+def train_saturating_abs(run: Run, effort: float) -> Trained:
     """Take the ramp of the saturating prototypes, then go on with the contrast of the plain decoders on responses."""
     _train_first("saturating-prototype-abs", run, effort)
     judge = zoo.load(run.out / "saturating-prototype-abs.safetensors")
@@ -112,7 +113,7 @@ def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
         decoders, plain.candidates, *run.placed(run.train), sizes, cycle, beta=plain.beta, response=ramp,
         checkpoint=run.checkpoints / "contrast.safetensors", progress=run.progress,
     )  # fmt: skip
-    recipes.check_finite(run, effort, decoders, own + rival)
+    recipes.check_finite(run, decoders, own + rival)
     starts = choose_all_candidates(own, rival, run.seed)
     starts = recipes.widened(run, decoders, starts, sizes, plain.beta, effort, ramp)
     candidates = starts.half().float()  # as they are stored
@@ -124,7 +125,7 @@ def train_saturating_abs(run: recipes.Run, effort: float) -> Trained:
     )  # fmt: skip
 
 
-def _train_first(name: str, run: recipes.Run, effort: float) -> None:
+def _train_first(name: str, run: Run, effort: float) -> None:
     """Train the model ``name`` into the run's folder unless its weights are there."""
     if not (run.out / f"{name}.safetensors").exists():
         recipes.train(
@@ -132,7 +133,7 @@ def _train_first(name: str, run: recipes.Run, effort: float) -> None:
         )
 
 
-RECIPES: dict[str, Callable[[recipes.Run, float], Trained]] = {
+RECIPES: dict[str, Callable[[Run, float], Trained]] = {
     "saturating-abs": train_saturating_abs,
     "saturating-prototype-abs": train_saturating_prototype_abs,
 }
