@@ -298,6 +298,21 @@ def test_another_evaluation_in_the_folder(tmp_path: Path, finished: Path, change
     assert rows(tmp_path) == rows(finished)
 
 
+def test_code_that_changed_between_two_runs(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digest of a module is of its weights: what its forward does with them is found by asking."""
+    merge(finished, finished, tmp_path)
+    plain, data = models.Linear.forward, models.labeled(models.Linear())
+    monkeypatch.setattr(models.Linear, "forward", lambda self, images: 1.001 * plain(self, images))  # as after a GPU
+    run(tmp_path, data=data)
+    monkeypatch.setattr(models.Linear, "forward", lambda self, images: plain(self, images.flip(3)))
+    with pytest.raises(InputError, match=r"image 0: then \d, now \d.*its code has changed; give another"):
+        run(tmp_path, images=12, data=data)
+    assert rows(tmp_path) == rows(finished)
+    # a random model has no answer to keep to; its rows say so
+    monkeypatch.setattr(models.Linear, "forward", lambda self, images: plain(self, images) + torch.rand(3))
+    run(tmp_path, data=data)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

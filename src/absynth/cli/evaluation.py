@@ -205,7 +205,7 @@ def distal(
         (
             name,
             f"{int((one.confidences > 0.9).sum())} of {len(one.confidences)}",
-            " ".join(f"{value:.2f}" for value in one.confidences.tolist()),
+            " ".join(f"{value:.3f}" for value in one.confidences.tolist()),
             " ".join(str(step) for step in one.steps.tolist()),
         )
         for name, one in found.items()

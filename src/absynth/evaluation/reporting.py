@@ -184,7 +184,7 @@ def _distal_cells(one: Distal) -> list[str]:
     return [
         ", ".join(map(str, one.targets.unique().tolist())),
         f"{int((one.confidences > 0.9).sum())} of {len(one.confidences)}",
-        _span([f"{value:.2f}" for value in one.confidences.sort().values.tolist()]),
+        _span([f"{value:.3f}" for value in one.confidences.sort().values.tolist()]),
         _span([str(value) for value in one.steps.sort().values.tolist()]),
     ]
 

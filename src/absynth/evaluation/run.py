@@ -15,13 +15,14 @@ from absynth.attacks.base import Attack, Classifier
 from absynth.errors import InputError
 from absynth.evaluation import doubts as doubting
 from absynth.evaluation.jobs import clean_rows, run_job
-from absynth.evaluation.judge import device_of
+from absynth.evaluation.judge import TOLERANCE, ask, device_of
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import Job, Plan, choose_attacks, image_indices, load_model, model_digest
 from absynth.evaluation.rows import AttackRecord, CleanRow, ModelRecord, Row
 from absynth.evaluation.summary import Summary, summarize
 
 CLEAN_BATCH = 256
+ASKED_AGAIN = 32  # images whose stored answers are compared with the model's when a run goes on
 NORMS = ("l0", "l2", "linf")
 
 #: What computes jobs: (plan, jobs, the split's images (N,C,H,W) and labels (N,), clean answers by image) -> each job
@@ -170,6 +171,7 @@ def check_run(plan: Plan, ledger: Ledger) -> None:
 def prepare(plan: Plan, classifier: Classifier, images: Tensor, labels: Tensor, ledger: Ledger) -> None:
     """Write down images, attacks, model and the model's clean answers. Raises InputError for labels out of range."""
     known = {row.image for row in ledger.clean(plan.model_digest)}
+    check_answers(plan, classifier, images, ledger)
     todo = [image for image in plan.images if image not in known]
     ledger.add_images(todo, images[todo], labels[todo].tolist())
     ledger.add_attacks(_attack_record(attack) for attack in plan.attacks)
@@ -186,6 +188,33 @@ def prepare(plan: Plan, classifier: Classifier, images: Tensor, labels: Tensor, 
                 )
         ledger.add_models([ModelRecord(plan.model_digest, plan.model, classes)])
         ledger.add_clean(rows)
+
+
+def check_answers(plan: Plan, classifier: Classifier, images: Tensor, ledger: Ledger) -> None:
+    """Raise InputError when a steady model says of images of the ledger something else than it did when they were
+    written down: the weights are the same, so its code has changed."""
+    stored = {row.image: row.logits for row in ledger.clean(plan.model_digest) if row.logits is not None}
+    asked = [image for image in plan.images if image in stored][:ASKED_AGAIN]
+    if not asked:
+        return
+    try:
+        answer = ask(classifier, images[asked].to(device_of(classifier)))
+    except Exception:  # a model that fails now: its rows will say so
+        return
+    for image, logits, error in zip(asked, answer.logits.cpu(), answer.errors, strict=True):
+        before = stored[image]
+        if not error and not _same(before, logits):
+            raise InputError(
+                f"{ledger.folder} holds rows of {plan.model} from when it answered otherwise (image {image}: then "
+                f"{int(before.argmax())}, now {int(logits.argmax())}, other logits): its weights are the same, so its "
+                "code has changed; give another output folder"
+            )
+
+
+def _same(before: Tensor, now: Tensor) -> bool:
+    """Whether two answers (K,) agree about the two classes that were likeliest, as far as rounding lets them."""
+    best, spread = before.topk(2).indices, float(before.max() - before.min())
+    return before.shape == now.shape and float((before - now)[best].abs().max()) <= TOLERANCE * max(spread, 1e-12)
 
 
 def load_split(
