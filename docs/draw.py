@@ -84,8 +84,8 @@ def adversarials(image: Tensor, label: int, path: Path) -> dict[str, float]:
     return distances
 
 
-def refusal(model: ABS, image: Tensor, path: Path) -> None:
-    """A digit with its pixels shuffled: no class explains it."""
+def explained(model: ABS, image: Tensor, path: Path) -> None:
+    """What the ten classes make of the image; of a digit with its pixels shuffled: no class explains it."""
     analysis = model.analyze(image[None])
     refused = bool(model.refuses(analysis.probabilities))
     explanation(image, analysis, data.class_names("mnist"), path, refused=refused)
@@ -101,7 +101,8 @@ def main(folder: Path) -> dict[str, float]:
     picture(image, folder / "digit.png")
     samples(model, folder / "samples.png")
     search(model, image, label, folder / "search.png")
-    refusal(model, without_digits(images[SHOWN : SHOWN + 1])[1][0], folder / "refusal.png")
+    explained(model, image, folder / "explanation.png")
+    explained(model, without_digits(images[SHOWN : SHOWN + 1])[1][0], folder / "refusal.png")
     return adversarials(image, label, folder / "adversarials.png")
 
 

@@ -62,10 +62,10 @@ def train(
     """Train the model ``name`` of the zoo on a data set and write its weights to the folder ``out``; returns the file.
 
     A training that was stopped, by Ctrl-C or ``kill -9``, continues when called again with the same arguments.
-    ``effort`` scales the number of steps: 1 is the shipped quality. "binary-abs" and "prototype-abs" need the "abs"
-    weights in ``out`` and train them first if they are missing. The first two phases of the generative models run in
-    processes on the CPU, all else on ``device``. Raises InputError for unknown names, for checkpoints of another
-    training, for weights of another training in ``out`` and for a device that is not there.
+    ``effort`` scales the number of steps: 1 is the shipped quality, of "abs" 3 (``plan_of_abs``). "binary-abs" and
+    "prototype-abs" need the "abs" weights in ``out`` and train them first if they are missing. The first two phases of
+    the generative models run in processes on the CPU, all else on ``device``. Raises InputError for unknown names, for
+    checkpoints of another training, for weights of another training in ``out`` and for a device that is not there.
     """
     if name not in _RECIPES:
         raise unknown_name("model", name, _RECIPES)
@@ -87,7 +87,8 @@ def plan_of_abs(effort: float, seed: int = 0) -> tuple[GenerativeConfig, list[Co
 
     Below ``THOROUGH`` a short first phase, decoders on latents of every image's own, and eight rounds: a quarter of an
     hour on two cores at an effort of 1. From there on autoencoders with noise for all of their steps, and 46 rounds at
-    an effort of 3: about three times as long, as accurate, and farther from adversarials (LOG.md, 2026-11-28).
+    an effort of 3, as the shipped weights were: about three times as long, as accurate, and farther from adversarials
+    (LOG.md, 2026-11-28).
     """
     if effort < THOROUGH:
         generative, cycles, scale = GenerativeConfig(seed=seed), [ContrastConfig()], effort
