@@ -34,7 +34,7 @@ def main() -> None:
         real.find(browser, "#victim [value=cnn]").click()
         real.find(browser, "#start").click()
         print(real.wait(browser, "#attack-status", "Found", "Stopped", patience=PATIENCE), flush=True)
-        real.wait(browser, "#attack-answers [data-model=prototype-abs] .share", "%", patience=PATIENCE)
+        real.wait(browser, "#attack-answers [data-model=saturating-prototype-abs] .share", "%", patience=PATIENCE)
         time.sleep(1)
         browser.execute_script("document.activeElement.blur(); document.getElementById('compare').hidden = true")
         height = browser.execute_script("return document.querySelector('main').getBoundingClientRect().bottom + 20")
