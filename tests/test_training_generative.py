@@ -27,8 +27,9 @@ from absynth.training.contrast import (
     scan,
     settle,
 )
-from absynth.training.generative import GenerativeConfig, TrainedClass, shared_start, train_class, train_classes
+from absynth.training.generative import GenerativeConfig, TrainedClass, shared_start, train_class
 from absynth.training.sharpening import sharpen
+from absynth.training.side_by_side import train_classes
 from absynth.vae import VAE, VAEConfig
 from small_models import candidate_energies
 

@@ -30,10 +30,11 @@ from absynth.training.checkpoint import load_checkpoint, save_checkpoint
 from absynth.training.classifiers import CNNConfig, MadryConfig, Progress, accuracy, train_cnn, train_madry
 from absynth.training.contrast import STAGES, ContrastConfig
 from absynth.training.explanations import explanations
-from absynth.training.generative import GenerativeConfig, train_classes
+from absynth.training.generative import GenerativeConfig
 from absynth.training.prototypes import PrototypeConfig, train_prototypes, with_more_latents
 from absynth.training.run import Run
 from absynth.training.sharpening import sharpen
+from absynth.training.side_by_side import train_classes
 from absynth.vae import Decoder, VAEConfig
 
 #: With as much effort, ABS is trained by the longer of its two plans.
