@@ -114,6 +114,24 @@ def test_binarized_sees_only_which_side_of_the_threshold() -> None:
     assert torch.equal(model((binary * 0.5 + images * 0.25).clamp(0, 1)), model(binary))
 
 
+def test_binarized_classifies_equal_images_once() -> None:
+    classifier, sizes = settled(CNN()), []
+    classifier.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    model = Binarized(classifier).eval()
+    different = random_images(3)
+    images = different[[2, 0, 2, 1, 0, 2]]
+    images[4] = torch.where(images[4] >= 0.5, 1.0, 0.0)  # another image, the same behind the threshold
+    logits = model(images)
+    assert sizes == [3]
+    assert torch.allclose(logits, torch.cat([classifier((image[None] >= 0.5).float()) for image in images]), atol=1e-4)
+    # with gradients, and in training, where the answers depend on the batch, every image is seen
+    sizes.clear()
+    model(images.requires_grad_())
+    model.train()
+    model(images.detach())
+    assert sizes == [6, 6]
+
+
 def test_binarized_gradient_passes_straight_through() -> None:
     classifier = settled(CNN())
     images = random_images(2).requires_grad_(True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -88,7 +89,8 @@ class Binarized(nn.Module):
 
     With the CNN inside, trained so, this is the paper's Binary CNN. The forward pass is exact. The true gradient is
     zero almost everywhere; autograd is given the straight-through one instead, d(logits)/d(thresholded image), so that
-    gradient attacks have a direction to follow.
+    gradient attacks have a direction to follow. In eval mode, without gradients, images that are the same behind the
+    threshold are classified once: attacks that know only answers ask about many such.
     """
 
     def __init__(self, classifier: nn.Module, threshold: float = 0.5) -> None:
@@ -98,8 +100,22 @@ class Binarized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, channels=images.shape[1] if images.ndim == 4 else 1, size=None)
-        logits: Tensor = self.classifier(self.response(images))
+        seen = self.response(images)
+        if self.training or seen.requires_grad or len(seen) < 2:
+            logits: Tensor = self.classifier(seen)
+            return logits
+        first, which = _different(seen)
+        logits = self.classifier(seen[first])[which]
         return logits
+
+
+def _different(binary: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of each group of equal images of 0 and 1 (B,C,S,S): indices (U,); and the group of each (B,)."""
+    bits = np.packbits(binary.flatten(1).bool().cpu().numpy(), axis=1)  # (B,N) -> (B,N/8)
+    first: dict[bytes, int] = {}
+    owner = [first.setdefault(row.tobytes(), number) for number, row in enumerate(bits)]
+    unique = torch.tensor(list(first.values()), device=binary.device)
+    return unique, torch.searchsorted(unique, torch.tensor(owner, device=binary.device))
 
 
 class NearestNeighbor(ComparesAll):
