@@ -310,6 +310,8 @@ def test_the_ramp_and_its_inverse(a: float) -> None:
         steps = pixels[(seen - target).abs() <= 1e-3]  # no pixel of that response is nearer
         nearest = (pixels[:, None] - steps).abs().amin(1)
         assert bool(((moved - pixels).abs() <= nearest + 2e-3).all())
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(ramp(ramp.nearest(ends, ends.flip(0))), ends.flip(0))  # saturated, not nearly
     exact = pixels.double()
     for up in (True, False):
         entry, length = ramp.moves(exact, up=up)

@@ -142,6 +142,16 @@ def test_binarized_gradient_passes_straight_through() -> None:
     assert through.abs().max() > 0
 
 
+def test_nearest_neighbor_goes_by_the_images_that_are_loaded() -> None:
+    labels = torch.arange(40) % 4
+    first = NearestNeighbor(gray_images(40, size=6), labels)
+    second = NearestNeighbor(gray_images(40, size=6).flip(0, 2), labels.roll(1).sort().values)
+    queries = random_images(20, size=6, seed=8)
+    assert not torch.equal(first(queries), second(queries))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(queries), second(queries))
+
+
 def test_nearest_neighbor_against_brute_force() -> None:
     train, labels = gray_images(400, size=6), torch.arange(400) % 7
     train, labels = train[torch.randperm(400, generator=torch.Generator().manual_seed(1))], labels.flip(0)

@@ -12,6 +12,7 @@ from torch import Tensor
 from absynth.baselines import NearestNeighbor
 from absynth.certificates import Certifier, certified_radii
 from absynth.errors import InputError
+from absynth.exact import exact_distance
 from absynth.least import Box, least_norm
 from absynth.norms import NORMS
 from absynth.planes import Prototypes
@@ -144,6 +145,37 @@ def test_misclassified_images_and_ties_have_radius_0() -> None:
         assert float(radii[norm][2]) > 0
 
 
+@pytest.mark.parametrize("seed", [0, 1, 9, 29, 39])  # with the last three a sum fell short by its rounding
+def test_a_tie_in_the_corner_of_the_box_is_within_reach(seed: int) -> None:
+    """At 1 - p both f are 784, exactly: what float64 sums make of that must not turn it into what is never reached."""
+    generator = torch.Generator().manual_seed(seed)
+    p = (torch.rand(784, generator=generator) < 0.5).float()
+    model = Model(torch.stack([1 - p, p]), torch.tensor([784.0, 0.0]), torch.tensor([0, 1]))
+    image = 0.9 * p + 0.1 * torch.rand(784, generator=generator)
+    for norm, radius in certified_radii(model, image.view(1, 1, 28, 28), torch.tensor([1])).items():
+        distance = float(NORMS[norm].distance((1 - p).view(1, 1, 28, 28), image.view(1, 1, 28, 28)))
+        assert 0.999 * distance < float(radius) <= distance
+
+
+def test_prototypes_that_are_all_the_same_have_radius_0() -> None:
+    model = Model(torch.zeros(2, 2), torch.zeros(2), torch.tensor([0, 1]))
+    radii = certified_radii(model, torch.full((1, 1, 1, 2), 0.25), torch.tensor([0]))
+    assert [float(radius) for radius in radii.values()] == [0] * 4
+
+
+def test_exactly_unreachable_and_nearly_tied() -> None:
+    far = Model(torch.tensor([[1.0, 1.0], [0.5, 1.0]]), torch.tensor([0.0, 3.0]), torch.tensor([0, 1]))
+    found = exact_distance(Certifier(far.prototypes()), torch.zeros(2), 0)
+    assert (found.lower, found.upper, found.adversarial) == (math.inf, math.inf, None)
+    # so close to the middle that float32 bounds say nothing
+    points = torch.rand(2, 784, generator=torch.Generator().manual_seed(0))
+    near = Model(points, torch.zeros(2), torch.tensor([0, 1]))
+    image = points.mean(0) + 1e-4 * (points[0] - points[1])
+    found = exact_distance(Certifier(near.prototypes()), image, 0)
+    apart = float((points[0] - points[1]).norm())
+    assert 0 < found.lower <= 1.01e-4 * apart and found.upper == pytest.approx(1e-4 * apart, rel=0.2)
+
+
 def test_slack_lowers_the_radius_by_what_it_is_worth() -> None:
     points, labels = torch.tensor([[0.0, 0.5], [1.0, 0.5]]), torch.arange(2)
     image = torch.tensor([[0.25, 0.5]])[:, None, None]
@@ -236,6 +268,7 @@ def test_what_the_bounds_do_not_hold_for_is_refused() -> None:
         ({"points": torch.tensor([[0.0, 1.5]]).expand(4, 2)}, "1.5"),
         ({"points": torch.full((4, 3), torch.nan)}, "nan"),
         ({"costs": torch.full((4,), torch.inf)}, "finite"),
+        ({"costs": torch.tensor([0.0, 1.0, -0.25, 0.0])}, "costs down to -0.25"),
         ({"slack": -1.0}, "slack is -1"),
     ):
         with pytest.raises(InputError, match=named):

@@ -55,10 +55,13 @@ def spoil(file: Path, how: str) -> None:
         tensors = {name: value for name, value in tensors.items() if name[0] == "0"}
     elif how == "fewer points":
         tensors["1.points"] = tensors["1.points"][:-1]
-    weight_files.write(file, tensors, {"model": "candidates", "beta": 2.0 if how == "other beta" else 1.0})
+    header = {"model": "candidates", "beta": 2.0 if how == "other beta" else 1.0, "code": kept._code()}
+    weight_files.write(file, tensors, {**header, **({"code": "of before"} if how == "other code" else {})})
 
 
-@pytest.mark.parametrize("how", ["truncated", "other pixels", "a class less", "fewer points", "other beta"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "other pixels", "a class less", "fewer points", "other beta", "other code"]
+)
 def test_what_does_not_fit_is_decoded_and_kept_anew(tmp_path: Path, decoded: list[int], how: str) -> None:
     file = tmp_path / "some.safetensors"
     first = candidates_of(DECODERS, LATENTS, 1.0, file)

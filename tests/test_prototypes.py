@@ -10,6 +10,7 @@ from torch import Tensor
 
 from absynth.certificates import certified_radii
 from absynth.errors import InputError
+from absynth.evaluation import model_digest
 from absynth.prototypes import PrototypeABS
 from absynth.vae import Decoder, VAEConfig
 
@@ -94,6 +95,28 @@ def test_random_attacks_do_not_break_the_certificates() -> None:
         chosen = torch.randperm(784, generator=generator)[: int(radii["l0"][row]) - 1]
         changed[chosen] = torch.rand(len(chosen), generator=generator).round()
         assert int(prototypes(changed.view(1, 1, 28, 28)).argmax(1)) == int(labels[row])
+
+
+def test_weights_that_are_loaded_are_certified_and_told_apart() -> None:
+    """A state that is loaded replaces all that follows from it, too."""
+    first, second = model(), model()
+    torch.manual_seed(5)
+    other = PrototypeABS(
+        [Decoder(VAEConfig()).eval() for _ in range(3)],
+        [2 * torch.randn(4 + number, 8) for number in range(3)],
+        beta=0.7,
+    )
+    assert model_digest(first) == model_digest(second) != model_digest(other)
+    before = model_digest(other)
+    other.load_state_dict(first.state_dict())
+    batch = images(32)
+    assert torch.equal(other(batch), first(batch))
+    labels = first(batch).argmax(1)
+    radii = certified_radii(other, batch, labels)["l2"]
+    assert torch.equal(radii, certified_radii(first, batch, labels)["l2"]) and bool((radii > 0).all())
+    assert model_digest(other) != before
+    second.load_state_dict(first.state_dict())  # the same: no other model
+    assert model_digest(second) == model_digest(first)
 
 
 def test_bad_input_is_named() -> None:

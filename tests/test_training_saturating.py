@@ -65,6 +65,29 @@ def test_saturating_models_are_trained_and_loaded(folder: tuple[Path, Path], mon
     assert (model(images).argmax(1) == labels).double().mean().item() == pytest.approx(header["accuracy"])
 
 
+@pytest.mark.parametrize("name", ["binary-abs", "prototype-abs", "saturating-abs"])
+def test_a_training_does_not_begin_with_weights_of_other_data(
+    folder: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    """They may have been trained on what is held out here."""
+    pictures, weights = folder
+    file = weight_files.read(weights / "abs.safetensors")
+    weight_files.write(tmp_path / "abs.safetensors", file.tensors, {**file.header, "data": "mnist", "data_digest": "0"})
+    with pytest.raises(InputError, match=r"abs\.safetensors holds weights trained on mnist"):
+        train(name, pictures, out=tmp_path, effort=0.01)
+    assert not (tmp_path / f"{name}.safetensors").exists()
+
+
+def test_models_are_loaded_and_trained_without_touching_the_global_generator(
+    folder: tuple[Path, Path], tmp_path: Path
+) -> None:
+    pictures, weights = folder
+    before = torch.random.get_rng_state()
+    zoo.load("abs", folder=weights)
+    train("nearest-neighbor", pictures, out=tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_a_step_in_several_balls_stays_inside_one_of_them() -> None:
     generator = torch.Generator().manual_seed(0)
     images, labels = torch.rand(6, 1, 28, 28, generator=generator), torch.arange(6) % 3
@@ -113,6 +136,11 @@ def test_votes_are_a_pure_function_of_the_image() -> None:
     first = model(images)
     torch.manual_seed(7)
     assert torch.equal(model(images.flip(0)).flip(0), first) and torch.equal(model(images[2:3]), first[2:3])
+    images[1, 0, 0, 0] = 0.0
+    zeros = images.clone()
+    zeros[1, 0, 0, 0] = -0.0  # the same image
+    assert torch.equal(model(zeros), model(images)) and torch.equal(model._noise(zeros[1]), model._noise(images[1]))
+    first = model(images)
     shares = first.exp() * (50 + 2) - 0.5
     torch.testing.assert_close(shares.sum(1), torch.full((5,), 50.0))
     torch.testing.assert_close(shares, shares.round(), rtol=0, atol=1e-3)

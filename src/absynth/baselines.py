@@ -154,12 +154,18 @@ class NearestNeighbor(ComparesAll):
             missing = int((counts == 0).nonzero()[0])
             raise InputError(f"class {missing} has no training image; every class up to {len(counts) - 1} needs one")
         order = torch.argsort(labels, stable=True)
-        self.class_counts: list[int] = counts.tolist()
         self.register_buffer("images", (images[order] * 255).round().to(torch.uint8))
         self.register_buffer("labels", labels[order].long())
-        points = self.images.flatten(1).float() / 255
-        self.register_buffer("_points", points, persistent=False)
-        self.register_buffer("_offsets", offsets_of(points), persistent=False)
+        self.register_buffer("_points", None, persistent=False)
+        self.register_buffer("_offsets", None, persistent=False)
+        self._prepare()
+        self.register_load_state_dict_post_hook(lambda model, _keys: model._prepare())  # type: ignore[no-untyped-call]
+
+    def _prepare(self) -> None:
+        """Derive the flat images and what their distances share, from the stored ones."""
+        self.class_counts: list[int] = torch.bincount(self.labels).tolist()
+        self._points = self.images.flatten(1).float() / 255
+        self._offsets = offsets_of(self._points)
 
     def forward(self, images: Tensor) -> Tensor:
         chunks = torch.split(self._flat(images), self.chunk_size)

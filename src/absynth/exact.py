@@ -42,10 +42,13 @@ class Exact:
 def exact_distance(certifier: Certifier, image: Tensor, label: int, *, rivals: int = 200) -> Exact:
     """The L2 distance from image (N,) in [0,1] with this label to the nearest image of another label.
 
-    ``rivals``: how many prototypes of other classes are solved at most; what is left counts by its quick bound. Raises
-    InputError for an image that is misclassified: its distance is 0.
+    ``rivals``: how many prototypes of other classes are solved at most; what is left counts by its quick bound. Both
+    sides are infinite where no image in the box has another label. Raises InputError for an image that is
+    misclassified: its distance is 0.
     """
     planes = certifier.planes(image, label)
+    if certifier.broken(planes.pixels, label):
+        raise InputError("the image is misclassified, or lies at a tie: its distance is 0")
     bounds = planes.coarse("l2").double()
     near = bounds.topk(min(FINE, len(bounds)), largest=False).indices
     near = near[bounds[near] < math.inf]
@@ -54,8 +57,6 @@ def exact_distance(certifier: Certifier, image: Tensor, label: int, *, rivals: i
     own = (prototypes.labels == label).nonzero()[:, 0]
     points, costs = prototypes.points.double(), prototypes.costs.double()
     order = bounds.argsort()[: int((bounds < math.inf).sum())]
-    if not float(bounds[order[0]]) > 0:
-        raise InputError("the image is misclassified, or within rounding of it: its distance is 0")
     lower, upper, adversarial = math.inf, math.inf, None
     for place, rival in enumerate(order.tolist()):
         if float(bounds[rival]) >= min(lower, upper):

@@ -6,14 +6,17 @@ code is made anew; one that cannot be written is not missed.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import platformdirs
 import torch
 from torch import Tensor
 
+from absynth import candidates, decoding
 from absynth.candidates import Candidates
 from absynth.decoding import FoldedDecoder
 from absynth.errors import InputError
@@ -40,7 +43,7 @@ def candidates_of(
     if file is not None:
         stored = {f"{number}.{name}": value for number, one in enumerate(made) for name, value in one.derived().items()}
         with suppress(InputError):  # a folder that cannot be written, a full disk: decoded again next time
-            write(file, stored, {"model": "candidates", "beta": beta})
+            write(file, stored, {"model": "candidates", "beta": beta, "code": _code()})
     return made
 
 
@@ -51,7 +54,7 @@ def _restored(decoders: Sequence[FoldedDecoder], latents: Tensor, beta: float, f
         return None
     try:
         kept = read(file)
-        if kept.header["beta"] != beta:
+        if (kept.header["beta"], kept.header["code"]) != (beta, _code()):
             return None
         found = [
             Candidates(decoder, own, beta, {name: kept.tensors[f"{number}.{name}"] for name in Candidates.DERIVED})
@@ -61,6 +64,12 @@ def _restored(decoders: Sequence[FoldedDecoder], latents: Tensor, beta: float, f
     except (InputError, KeyError, ValueError, RuntimeError):
         return None
     return found if all(fits) else None
+
+
+@cache
+def _code() -> str:
+    """The version of what candidates are made with: the digest of its text."""
+    return hashlib.sha256(b"".join(Path(str(one.__file__)).read_bytes() for one in (candidates, decoding))).hexdigest()
 
 
 def _fits(decoder: FoldedDecoder, one: Candidates) -> bool:

@@ -95,7 +95,10 @@ def least_norm(slopes: Tensor, thresholds: Tensor, box: Box, norm: str) -> Tenso
         found = LEAST[norm](gains, room, thresholds.clamp(min=0))
     else:
         found = THROUGH_A_RAMP[norm](gains, room, entry, thresholds.clamp(min=0))
-    found = torch.where(reach < thresholds, torch.inf, found)
+    # no further than to the end of the box; a sum short of the threshold by its rounding counts as reaching it
+    way = torch.where(gains * room > 0, room if entry is None else entry + room, 0.0)
+    found = torch.minimum(found, _END[norm](way))
+    found = torch.where(reach < thresholds * (1 - MARGIN), torch.inf, found)
     return torch.where(thresholds <= 0, 0.0, found)
 
 
@@ -213,5 +216,11 @@ def _ramp_l2(gains: Tensor, room: Tensor, entry: Tensor, thresholds: Tensor) -> 
     return torch.maximum(*bounds)
 
 
+_END = {  # the norm of the d that goes as far as it can in every pixel that gains
+    "l0": lambda way: (way > 0).sum(1).double(),
+    "l1": lambda way: way.sum(1),
+    "l2": lambda way: torch.linalg.vector_norm(way, dim=1),
+    "linf": lambda way: way.amax(1),
+}
 LEAST = {"l0": _least_l0, "l1": _least_l1, "l2": _least_l2, "linf": _least_linf}
 THROUGH_A_RAMP = {"l1": _ramp_l1, "l2": _ramp_l2, "linf": _ramp_linf}

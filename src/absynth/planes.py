@@ -18,6 +18,7 @@ from absynth.errors import InputError
 from absynth.least import Box, least_l2_joint, least_norm
 from absynth.responses import Ramp
 
+SUMS = 1e-12  # relative: float64 sums of a thousand positive terms err by less
 SCREENING = 1e-3  # relative: float32 sums of a thousand positive terms err by less than 1e-4
 FIRST = 64  # rivals measured before it is known how far to look
 CHUNK = 16  # rivals measured at once
@@ -30,11 +31,11 @@ FACTORS = (1.2, 1.6)  # the multipliers tried in screening, times threshold / ra
 class Prototypes:
     """What a classifier by the nearest prototype compares images with.
 
-    ``points`` (M,N) float32 in [0,1], ``costs`` (M,), ``labels`` (M,), sorted by label. ``slack``: the deployed
-    classifier, which rounds, never prefers a class whose f exceeds another's by more than this; 0 only for one that
-    does not round (``absynth.nearest.rounding_slack`` bounds what a float32 matrix product does). ``response``: what
-    is done to the pixels first; None: nothing. Raises InputError for points outside [0,1], for which the bounds would
-    not hold, for values that are not finite, and for a negative slack.
+    ``points`` (M,N) float32 in [0,1], ``costs`` (M,) of 0 or more, ``labels`` (M,), sorted by label. ``slack``: the
+    deployed classifier, which rounds, never prefers a class whose f exceeds another's by more than this; 0 only for one
+    that does not round (``absynth.nearest.rounding_slack`` bounds what a float32 matrix product does). ``response``:
+    what is done to the pixels first; None: nothing. Raises InputError for points outside [0,1], for which the bounds
+    would not hold, for costs that are negative or not finite, and for a negative slack.
     """
 
     points: Tensor
@@ -50,8 +51,13 @@ class Prototypes:
                 f"prototypes have values from {low:.4g} to {high:.4g}; certificates hold for points in [0, 1]: scale "
                 "prototypes and images alike"
             )
-        if not (bool(self.costs.isfinite().all()) and self.slack >= 0):
-            raise InputError(f"slack is {self.slack}; expected at least 0, and costs that are finite")
+        if not bool((self.costs.isfinite() & (self.costs >= 0)).all()):
+            raise InputError(
+                f"prototypes have costs down to {float(self.costs.min()):.4g}; expected finite ones of at least 0: "
+                "subtract the smallest from all, only their differences count"
+            )
+        if not self.slack >= 0:
+            raise InputError(f"slack is {self.slack}; expected at least 0")
 
     def see(self, images: Tensor) -> Tensor:
         """What is compared with the prototypes."""
@@ -158,7 +164,8 @@ class Planes:
         theirs, ours = points[rivals].double()[:, None], points[chosen].double()
         theirs_f = (self.view.exact - theirs).square().sum(2) + costs[rivals, None]  # (r,1)
         ours_f = (self.view.exact - ours).square().sum(2) + costs[chosen]  # (r,t)
-        return self.view.slope * (theirs - ours), (theirs_f - ours_f - self.prototypes.slack) / 2
+        rounding = SUMS * (theirs_f + ours_f)  # where both are the same exactly, neither may win by rounding
+        return self.view.slope * (theirs - ours), (theirs_f - ours_f - self.prototypes.slack - rounding) / 2
 
     def coarse(self, norm: str) -> Tensor:
         """Lower bounds (M,) of what every prototype asks for, from a few products; infinite for the true class's."""
@@ -172,7 +179,7 @@ class Planes:
         else:
             bounds = self.thresholds / max(float(self.view.rise.max()), float(self.view.fall.max()), 1e-30)
         bounds = torch.where(self.thresholds > 0, bounds * (1 - SCREENING), -torch.inf)
-        return torch.where(torch.isinf(self.distances), torch.inf, bounds)
+        return torch.where(self.distances == torch.inf, torch.inf, bounds)
 
     def beyond(self, radius: float) -> Tensor:
         """Which of the prototypes (M,) ask for more than ``radius`` in L-infinity, by one product; the others may."""

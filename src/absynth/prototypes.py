@@ -77,7 +77,16 @@ class PrototypeABS(Calibrated, ComparesAll):
         self.register_buffer("points", torch.cat(decoded))
         self.register_buffer("costs", beta / 2 * self.latents.square().sum(1))
         self.register_buffer("_offsets", offsets_of(self.points, self.costs), persistent=False)
+        self._known = digest(self.points, self.costs)
+        self.register_load_state_dict_post_hook(lambda model, _keys: model._replaced())  # type: ignore[no-untyped-call]
         self.eval().requires_grad_(False)
+
+    def _replaced(self) -> None:
+        """Derive anew what follows from the prototypes, which were loaded: from decoders that nobody named."""
+        self._offsets = offsets_of(self.points, self.costs)
+        known = digest(self.points, self.costs)
+        if known != self._known:
+            self._known, self.decoders_digest = known, digest(self.points)
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -80,8 +80,15 @@ class Ramp(nn.Module):
         """The pixels nearest to ``clean`` whose response is ``seen``, both in [0,1] and of one shape; ``clean`` itself
         where it has that response already."""
         moved = torch.where(seen <= 0, clean.clamp(max=self.a), self.inverse(seen))
-        moved = torch.where(seen >= 1, clean.clamp(min=1 - self.a), moved)
+        moved = torch.where(seen >= 1, clean.clamp(min=self._end(clean.dtype)), moved)
         return torch.where(seen == self(clean), clean, moved)
+
+    def _end(self, dtype: torch.dtype) -> float:
+        """The smallest pixel, of about 1 - a, whose response is 1 in this type."""
+        end = torch.tensor(1 - self.a, dtype=dtype)
+        while self(end) < 1:  # a few last digits
+            end = torch.nextafter(end, end + 1)
+        return float(end)
 
     def moves(self, pixels: Tensor, *, up: bool) -> tuple[Tensor, Tensor]:
         """Entry and length, in the pixel's own units, of moving ``pixels`` in [0,1] up or down; where the response

@@ -50,6 +50,6 @@ class Smoothed(nn.Module):
 
     def _noise(self, image: Tensor) -> Tensor:
         """Noise (samples,C,S,S) that depends on the image (C,S,S) alone."""
-        digest = hashlib.sha256(image.cpu().contiguous().numpy().tobytes()).digest()
+        digest = hashlib.sha256((image.cpu() + 0.0).contiguous().numpy().tobytes()).digest()  # no -0.0
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         return self.sigma * torch.randn(self.samples, *image.shape, generator=generator).to(image.device)

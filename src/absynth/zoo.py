@@ -81,7 +81,8 @@ def load(
     if kind not in _BUILDERS:
         raise InputError(f"weight file {path} is of a model {kind!r} that this version does not know: update absynth")
     try:
-        model = _BUILDERS[kind](file, path.parent)
+        with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
+            model = _BUILDERS[kind](file, path.parent)
     except (KeyError, TypeError, RuntimeError) as error:
         raise InputError(
             f"weight file {path} does not fit model {kind!r} ({error}): train or download it again"
@@ -100,14 +101,13 @@ def from_released(path: str | Path, *, binary: bool = False) -> ABS:
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"cannot read released weights {path} ({error}): give a safetensors file") from error
     classes = 1 + max(int(name.split(".")[0]) for name in tensors)
-    decoders = []
-    for number in range(classes):
-        decoder = Decoder(VAEConfig())
+    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
+        decoders = [Decoder(VAEConfig()).eval() for _ in range(classes)]
+    for number, decoder in enumerate(decoders):
         prefix = f"{number}.Decoder."
         weights = {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
         counts = {name: value for name, value in decoder.state_dict().items() if name.endswith("num_batches_tracked")}
         decoder.load_state_dict({**counts, **weights})
-        decoders.append(decoder.eval())
     candidates = prior_candidates()[None].expand(classes, -1, -1).contiguous()
     if not binary:
         return ABS(decoders, candidates)

@@ -229,7 +229,7 @@ def _fit(
     ``measure(model)`` is a text about the averaged model, shown after each epoch.
     """
     with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
-        torch.manual_seed(config.seed)
+        torch.default_generator.manual_seed(config.seed)
         model = build().to(images.device)
     average = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)

@@ -77,7 +77,8 @@ def train(
     run = Run(name, dataset, out, seed, root, progress, usable_device(device), effort)
     path = run.out / f"{name}.safetensors"
     run.check_replaces(path)
-    tensors, header = _RECIPES[name](run, effort)
+    with torch.random.fork_rng(devices=[]):  # layers draw their first weights from the global generator
+        tensors, header = _RECIPES[name](run, effort)
     weight_files.write(path, tensors, header)
     shutil.rmtree(run.checkpoints, ignore_errors=True)
     return path
@@ -207,6 +208,7 @@ def _plain_abs(run: Run, effort: float) -> tuple[ABS, str]:
     source = run.out / "abs.safetensors"
     if not source.exists():
         train("abs", run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress, device=run.device)
+    run.check_same_data(source)
     plain = zoo.load(source)
     assert isinstance(plain, ABS)
     return plain, weight_files.read(source).digest
@@ -343,7 +345,7 @@ def _train_nearest_neighbor(run: Run, effort: float) -> tuple[dict[str, Tensor],
     from absynth.baselines import NearestNeighbor
 
     clean = accuracy(NearestNeighbor(images, labels), *run.test)
-    stored = {"images": (images * 255).round().to(torch.uint8), "labels": labels.to(torch.uint8)}
+    stored = {"images": (images * 255).round().to(torch.uint8), "labels": labels.to(torch.int32)}
     return stored, run.header({"classes": run.classes}, clean)
 
 

@@ -76,6 +76,16 @@ class Run:
                     f"{wanted[shown]}: give another folder, or remove that file"
                 )
 
+    def check_same_data(self, path: Path) -> None:
+        """Raise InputError where the weights at ``path``, which this training begins with, are of other data: they may
+        have been trained on what is held out here."""
+        there = weight_files.read(path).header
+        if there.get("data_digest", self.data_digest) != self.data_digest:
+            raise InputError(
+                f"{path} holds weights trained on {there.get('data')}, and {self.name} on {self.dataset} would begin "
+                "with them: give another folder"
+            )
+
 
 def what_goes_on(name: str, out: str | Path) -> str:
     """A line about the latest checkpoint of a training that was stopped; empty where there is none."""

@@ -127,10 +127,12 @@ def train_saturating_abs(run: Run, effort: float) -> Trained:
 
 def _train_first(name: str, run: Run, effort: float) -> None:
     """Train the model ``name`` into the run's folder unless its weights are there."""
-    if not (run.out / f"{name}.safetensors").exists():
+    path = run.out / f"{name}.safetensors"
+    if not path.exists():
         recipes.train(
             name, run.dataset, out=run.out, seed=run.seed, effort=effort, progress=run.progress, device=run.device
         )
+    run.check_same_data(path)
 
 
 RECIPES: dict[str, Callable[[Run, float], Trained]] = {
