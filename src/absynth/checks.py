@@ -54,8 +54,8 @@ def check_images(images: Tensor, *, channels: int = 1, size: int | None = 28) ->
 
 
 def check_logits(answer: object, count: int, classes: int | None = None) -> Tensor:
-    """``answer``, if it is logits (``count``, K), K at least 2, and ``classes`` where that is given. Raises InputError
-    otherwise."""
+    """``answer`` in float32, if it is logits (``count``, K), K at least 2, and ``classes`` where that is given. Raises
+    InputError otherwise."""
     expected = f"expected logits ({count}, K) with K at least 2"
     if not isinstance(answer, Tensor):
         raise InputError(f"the model returned a {type(answer).__name__} for {count} images: {expected}")
@@ -65,7 +65,7 @@ def check_logits(answer: object, count: int, classes: int | None = None) -> Tens
         raise InputError(
             f"the model returned {answer.shape[1]} classes, before it was {classes}: expected the same each time"
         )
-    return answer
+    return answer.float()
 
 
 def usable_device(name: str | torch.device) -> torch.device:

@@ -22,6 +22,10 @@ from absynth.norms import Norm
 
 #: float32 images (B,C,H,W) in [0,1] -> logits (B,K); works under autograd; a pure function of each image.
 Classifier = Callable[[Tensor], Tensor]
+#: A proposal that misses the boundary by rounding is moved away from the clean image by these shares of its
+#: perturbation.
+NUDGES = (1e-5, 1e-4, 1e-3, 1e-2)
+
 Kind = Literal["minimum", "budget"]
 Knowledge = Literal["gradient", "score", "decision", "transfer", "latent"]
 
@@ -31,12 +35,14 @@ class Goal:
     """What counts as adversarial: any class but ``classes`` (untargeted), or ``classes`` itself (targeted).
 
     A tie counts as broken. ``slack`` asks for a little more: the goal is met when the margin is at most ``-slack``, so
-    that a proposal on the very boundary survives the rounding of another batch size.
+    that a proposal on the very boundary survives the rounding of another batch size. ``starts`` are images of the
+    target classes, from which attacks on decisions begin where noise leads nowhere, as it mostly does for a target.
     """
 
     classes: Tensor  # (B,) int64
     toward: bool = False
     slack: float = 0.0
+    starts: Tensor | None = None  # (B,C,H,W)
 
     @staticmethod
     def untargeted(labels: Tensor, slack: float = 0.0) -> Goal:
@@ -44,9 +50,9 @@ class Goal:
         return Goal(_class_indices(labels, "labels"), toward=False, slack=slack)
 
     @staticmethod
-    def targeted(classes: Tensor, slack: float = 0.0) -> Goal:
-        """Exactly the ``classes`` (B,)."""
-        return Goal(_class_indices(classes, "classes"), toward=True, slack=slack)
+    def targeted(classes: Tensor, slack: float = 0.0, starts: Tensor | None = None) -> Goal:
+        """Exactly the ``classes`` (B,); ``starts`` (B,C,H,W) may be images of these."""
+        return Goal(_class_indices(classes, "classes"), toward=True, slack=slack, starts=starts)
 
     def margin(self, logits: Tensor) -> Tensor:
         """(B,K) -> (B,): by how much the goal is missed; at most 0 when it is met, NaN where logits are NaN.
@@ -67,7 +73,7 @@ class Goal:
 
     def rows(self, index: Tensor) -> Goal:
         """The goal of the images ``index`` (n,), in that order; an index may come twice."""
-        return Goal(self.classes[index], self.toward, self.slack)
+        return Goal(self.classes[index], self.toward, self.slack, None if self.starts is None else self.starts[index])
 
 
 @dataclass(frozen=True)
@@ -202,7 +208,7 @@ class Attack(ABC):
         """Attack ``images``. Raises InputError for inputs that do not fit together or a classifier that does not
         fit."""
         check_inputs(images, goal, seeds)
-        images = images.detach()
+        images = images.detach().contiguous()
         if not len(images):
             return Proposals(images.clone(), torch.zeros(0, dtype=torch.bool, device=images.device))
         everything = Problem(classifier, images, goal, seeds.cpu(), self.norm)
@@ -219,11 +225,17 @@ class Attack(ABC):
                 proposed = self.search(problem)
             candidates = todo[proposed.found]
             hits = proposed.images[proposed.found].to(images.dtype).clamp(0, 1)
-            # One more question for each hit: success is what the classifier says of the image that is returned.
-            if len(candidates):
-                held = everything.rows(candidates).met(hits)
-                adversarials[candidates[held]] = hits[held]
+            # One more question for each hit: success is what the classifier says of the image that is returned. One on
+            # the very boundary may be answered otherwise in another batch: then a hair farther, if the radius lets it.
+            for nudge in (0.0, *NUDGES) if self.kind == "minimum" else (0.0,):
+                if not len(candidates):
+                    break
+                clean = images[candidates]
+                moved = (clean + (1 + nudge) * (hits - clean)).clamp(0, 1) if nudge else hits
+                held = everything.rows(candidates).met(moved)
+                adversarials[candidates[held]] = moved[held]
                 found[candidates[held]] = True
+                candidates, hits = candidates[~held], hits[~held]
         return Proposals(adversarials, found)
 
     def check_installed(self) -> None:  # noqa: B027 (most attacks need no more than absynth itself)
@@ -283,6 +295,8 @@ def check_inputs(images: Tensor, goal: Goal, seeds: Tensor) -> None:
         raise InputError(f"image values run from {low:g} to {high:g}: expected [0,1], divide by 255 or clip")
     if len(goal.classes) != len(images):
         raise InputError(f"the goal names {len(goal.classes)} classes for {len(images)} images: give one per image")
+    if goal.starts is not None and goal.starts.shape != images.shape:
+        raise InputError(f"starts are {tuple(goal.starts.shape)} for images {tuple(images.shape)}: give one per image")
     if seeds.shape != (len(images),) or seeds.is_floating_point() or (seeds < 0).any():
         raise InputError(f"seeds are {seeds.dtype} {tuple(seeds.shape)}: expected {len(images)} integers from 0 up")
 

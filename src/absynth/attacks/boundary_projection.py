@@ -29,7 +29,8 @@ class BoundaryProjection(Attack):
 
     At the current image the margin to one rival class is linearized; the *clean* image is projected onto the half-space
     where it is negative, exactly and within [0,1]; the next image is that point, a little past the boundary, and
-    farther past it with each step that finds nothing. At a fixed point the image is a stationary point of the
+    farther past it with each step that finds nothing; where that does not help either, the steps go on from the image
+    they have led to, as DeepFool's do. At a fixed point the image is a stationary point of the
     smallest-perturbation problem. A step that does not improve on the best adversarial of its run goes back to it and
     halves the way. Of the ``candidates`` likeliest rivals, the ``targets`` whose linearized boundaries are nearest have
     a run each; a run that is ``behind`` times as far as the image's best after ``head_start`` steps, or that has not
@@ -126,6 +127,12 @@ class BoundaryProjection(Attack):
             delta, _ = onto_halfspace(self.norm, part.images, gradient, margin.double() - moved)
             beyond[todo] = torch.where(best.distance[todo].isinf(), (2 * beyond[todo]).clamp(max=1), self.overshoot)
             goal = (part.images + (1 + per_image(beyond[todo], delta)) * delta).clamp(0, 1)
+            # From the clean image such a run may go round in circles: go on from where it is.
+            stuck = (best.distance[todo].isinf() & (beyond[todo] >= 1)).nonzero()[:, 0]
+            if len(stuck):
+                here = x[todo[stuck]]
+                delta, _ = onto_halfspace(self.norm, here, gradient[stuck], margin[stuck].double())
+                goal[stuck] = (here + (1 + self.overshoot) * delta).clamp(0, 1)
             lost = best.distance[todo].isfinite() & ~improved
             share[todo] = torch.where(lost, (share[todo] / 2).clamp(min=1 / 64), share[todo])
             base = torch.where(per_image(best.distance[todo].isfinite(), x) > 0, best.images[todo], x[todo])

@@ -75,7 +75,7 @@ class EstimatedGradient:
 
     def _ask(self, images: Tensor, rows: Tensor) -> Tensor:
         with torch.no_grad():
-            return rows_of(self.classifier, rows)(images)
+            return rows_of(self.classifier, rows)(images).float()
 
 
 class _Differences(torch.autograd.Function):
@@ -83,7 +83,7 @@ class _Differences(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, estimator: EstimatedGradient) -> Tensor:
         ctx.images, ctx.estimator, ctx.jacobian = images.detach(), estimator, None
         with torch.no_grad():
-            return estimator.classifier(images)
+            return estimator.classifier(images).float()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
@@ -105,9 +105,9 @@ class Estimated(Wrapping):
 
     def search(self, problem: Problem) -> Proposals:
         classifier, chunk = problem.classifier, self.chunk
-        if can_follow(classifier):  # asked cold at every step; the questions for its gradient start from that answer
+        if can_follow(classifier):  # following has found nothing: asked cold at every step, and followed around it
             classifier = Following(classifier, len(problem), anew=True)
-        else:
+        elif not isinstance(classifier, Following):
             chunk = min(chunk, PLAIN_CHUNK)
         estimated = EstimatedGradient(classifier, self.step_sizes, chunk)
         return self.attack.search(Problem(estimated, problem.images, problem.goal, problem.seeds, problem.norm))

@@ -251,7 +251,7 @@ class _Model(foolbox.models.base.Model):
     def __call__(self, inputs: Any) -> Any:
         images, restore = ep.astensor_(inputs)
         inside = images.raw.clamp(0, 1).detach() + (images.raw - images.raw.detach())
-        return restore(ep.astensor(self._classifier(inside) * self._scale))
+        return restore(ep.astensor(self._classifier(inside).float() * self._scale))
 
 
 def _make(method: Method, steps: int) -> Any:

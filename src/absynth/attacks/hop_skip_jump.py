@@ -3,7 +3,7 @@ point."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,22 +70,27 @@ class HopSkipJump(Attack):
         around = followed(problem)
         if around is not problem:
             around.logits(x)  # what is found here, the answers start from
+            around = replace(around, classifier=around.classifier.settled())  # type: ignore[attr-defined]
         at_once = max(1, self.chunk // len(x))
-        directions, answers = [], []
+        # the sum of all directions, and of all with the sign of their answer
+        summed, signed = torch.zeros_like(x), torch.zeros_like(x)
+        adversarial = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         for first in range(0, probes, at_once):
+            directions = []
             for _ in range(min(at_once, probes - first)):
                 noise = 2 * draw_uniform(sources, x) - 1 if self.norm == LINF else draw_normal(sources, x)
                 scaled = radius / L2.size(noise) * (x[0].numel() ** 0.5 if self.norm == LINF else 1)
                 moved = (x + per_image(scaled, x) * noise).clamp(0, 1)
                 directions.append(moved - x)
-            asked = torch.stack(directions[first:])  # (p,B,C,H,W)
+            asked = torch.stack(directions)  # (p,B,C,H,W)
             rows = torch.arange(len(x), device=x.device).repeat(len(asked))
-            met = around.rows(rows).met((x + asked).flatten(0, 1))  # (p*B,)
-            answers.append(met.view(len(asked), -1))
-        sign = torch.where(torch.cat(answers), 1.0, -1.0)  # (P,B)
-        mean = sign.mean(0)
-        sign = torch.where(mean.abs() < 1, sign - mean, sign)
-        normal = torch.einsum("pb,pbchw->bchw", sign, torch.stack(directions))
+            met = around.rows(rows).met((x + asked).flatten(0, 1)).view(len(asked), -1)  # (p*B,) -> (p,B)
+            sign = torch.where(met, 1.0, -1.0).to(x)
+            signed += torch.einsum("pb,pbchw->bchw", sign, asked)
+            summed += asked.sum(0)
+            adversarial += met.sum(0)
+        mean = 2 * adversarial / probes - 1
+        normal = signed - per_image(torch.where(mean.abs() < 1, mean, 0.0), x) * summed
         return normal / L2.size(normal).clamp(min=1e-12).view(-1, 1, 1, 1)
 
     def _jump(self, problem: Problem, x: Tensor, normal: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,8 @@ from absynth.norms import L0, L2, Norm
 class Pointwise(Attack):
     """From salt-and-pepper adversarials, reset pixels to their clean values until none can be reset; best of ``draws``.
 
+    Where salt and pepper meets no target, it begins at the goal's ``starts``.
+
     Two changes to the published procedure save queries and leave what it ends in: an adversarial of which no single
     pixel can be reset. Pixels are first reset in groups of halving size, half of all of them at once to begin with. In
     the passes over single pixels an order is followed to its end and begun again, where the published one draws a fresh
@@ -63,8 +65,12 @@ class Pointwise(Attack):
         density = first_on_path(
             runs, path, [((step + 1) / self.steps) ** 2 for step in range(self.steps)], bisections=6
         )
+        begun = path(torch.arange(len(cold), device=density.device), density.nan_to_num(posinf=0.0))
+        if cold.goal.starts is not None:  # where salt and pepper never is what is wanted
+            usable = density.isinf() & cold.met(cold.goal.starts.to(begun))
+            begun[usable], density[usable] = cold.goal.starts.to(begun)[usable], 1.0
         hit = density.isfinite().nonzero()[:, 0]
-        clean, starts = cold.images[hit].cpu(), path(hit, density[hit]).cpu()
+        clean, starts = cold.images[hit].cpu(), begun[hit].cpu()
         seeds = [[int(cold.seeds[row]), row // count] for row in hit.tolist()]
         procedures = [
             self._procedure(clean[row], start, np.random.default_rng(seeds[row])) for row, start in enumerate(starts)
@@ -92,7 +98,7 @@ class Pointwise(Attack):
     ) -> Generator[Tensor, np.ndarray, Tensor]:
         """Move each differing pixel (C,H,W) toward its clean value by bisection, until a pass changes next to
         nothing."""
-        current = current.clone()
+        current = current.clone(memory_format=torch.contiguous_format)
         flat, target = current.view(-1), clean.reshape(-1)
         while True:
             before = float((current - clean).double().square().sum())
@@ -111,7 +117,7 @@ class Pointwise(Attack):
 def reset_pixels(clean: Tensor, start: Tensor, rng: np.random.Generator) -> Generator[Tensor, np.ndarray, Tensor]:
     """Reset pixels of ``start`` (C,H,W), adversarial, to ``clean`` until no single one can be; yields one candidate
     a time."""
-    current = start.clone()
+    current = start.clone(memory_format=torch.contiguous_format)
     flat, target = current.view(-1), clean.reshape(-1)
     left = rng.permutation((flat != target).nonzero().squeeze(1).numpy())
     group = len(left) // 2
@@ -121,7 +127,7 @@ def reset_pixels(clean: Tensor, start: Tensor, rng: np.random.Generator) -> Gene
             values = flat[part].clone()
             flat[part] = target[part]
             margins = yield current.unsqueeze(0).clone()
-            if margins[0] > 0:
+            if not margins[0] <= 0:  # no answer, NaN, is no adversarial
                 flat[part] = values
                 kept.append(part)
         left = rng.permutation(np.concatenate(kept)) if kept else left[:0]
@@ -142,11 +148,11 @@ def reset_pixels(clean: Tensor, start: Tensor, rng: np.random.Generator) -> Gene
 
 
 def take_back(problem: Problem, proposals: Proposals, chunk: int = 512) -> Proposals:
-    """Each proposal with every pixel reset that can be: what is left cannot be made sparser by one pixel."""
+    """Each proposal with every pixel reset that can be: what is left cannot be made sparser by one pixel. The order in
+    which they are tried is the same for every image and seed."""
     clean, owner = problem.images.cpu(), proposals.found.nonzero().squeeze(1).tolist()
     procedures: list[Procedure] = [
-        reset_pixels(clean[row], proposals.images[row].cpu(), np.random.default_rng([int(problem.seeds[row])]))
-        for row in owner
+        reset_pixels(clean[row], proposals.images[row].cpu(), np.random.default_rng(0)) for row in owner
     ]
     images = proposals.images.clone()
     for row, result in zip(owner, run_procedures(problem, procedures, owner, chunk), strict=True):

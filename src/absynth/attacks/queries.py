@@ -22,7 +22,14 @@ class Selectable(Protocol):
 def rows_of(classifier: Callable[[Tensor], Tensor], rows: Tensor) -> Callable[[Tensor], Tensor]:
     """``classifier`` for the images ``rows`` (n,) of the batch; a plain classifier does not care and comes back as
     it is."""
-    return classifier.select(rows) if isinstance(classifier, Selectable) else classifier
+    return (
+        classifier.select(rows) if isinstance(classifier, Selectable) and _method(classifier, "select") else classifier
+    )
+
+
+def _method(classifier: object, name: str) -> bool:
+    """Whether its class defines a method of this name; a layer that a network calls so is none."""
+    return callable(getattr(type(classifier), name, None))
 
 
 class CountingClassifier:
@@ -85,7 +92,10 @@ class CountingClassifier:
         return self._watched(logits)
 
     def _watched(self, logits: Tensor) -> Tensor:
-        """The logits, whose gradient is counted when it is asked for. Answers of NaN are counted."""
+        """The logits, whose gradient is counted when it is asked for. Answers of NaN are counted. Whatever a network
+        computes in, attacks compute in float32."""
+        if isinstance(logits, Tensor) and logits.is_floating_point():
+            logits = logits.float()
         if isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(self.rows):  # checked elsewhere
             self.undefined.index_add_(0, self.rows, logits.detach().isnan().any(1).to(torch.int64).cpu())
         if logits.requires_grad:
@@ -102,7 +112,7 @@ class CountingClassifier:
 
 def can_follow(classifier: Callable[[Tensor], Tensor]) -> bool:
     """Whether ``classifier`` can start its own search from what it found for images close by, as ABS can."""
-    return bool(getattr(classifier, "follows", hasattr(classifier, "follow")))
+    return classifier.follows if isinstance(classifier, CountingClassifier) else _method(classifier, "follow")
 
 
 #: A search starts anew where an image has moved farther than this since it was last asked (L2, after the response).
@@ -115,7 +125,7 @@ def can_answer_around(classifier: Callable[[Tensor], Tensor]) -> bool:
     """Whether ``classifier`` can answer about many images around one at once, as ABS can."""
     while isinstance(classifier, CountingClassifier):
         classifier = classifier.classifier
-    return hasattr(classifier, "around")
+    return _method(classifier, "around")
 
 
 class Following:
@@ -141,6 +151,12 @@ class Following:
         view = Following(rows_of(self.classifier, rows), 0, anew=self.anew)
         view.rows, view.memory = self.rows.to(rows.device)[rows], self.memory
         view.remembers = self.remembers and len(view.rows.unique()) == len(view.rows)
+        return view
+
+    def settled(self) -> Following:
+        """The same for questions around what was found so far, however few at once: it remembers nothing more."""
+        view = self.select(torch.arange(len(self.rows)))
+        view.remembers = False
         return view
 
     def several(self, owner: Tensor) -> Following:

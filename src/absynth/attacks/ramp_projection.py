@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from absynth.attacks.base import Attack, Problem, Proposals, draw_normal, generators, per_image
+from absynth.attacks.following import or_else
+from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.ramp import onto_halfspace, through, tighten
 from absynth.attacks.search import Best, bisect
@@ -46,7 +48,8 @@ class RampProjection(Attack):
     As ``BoundaryProjection``, but the margin is linearized in the response, with its gradient on the ramp, and the
     clean image is projected with what every pixel really gains: it stays where it is, or jumps onto the ramp and moves
     there. A step that does not improve on the best adversarial of its run mixes its margin with the one that led there,
-    half and half, then less. In the end the margin asked for is bisected. ``restarts`` adds runs from random images
+    half and half, then less. A run that finds nothing however far past the boundary it goes is led on from the image it
+    has come to. In the end the margin asked for is bisected. ``restarts`` adds runs from random images
     whose pixels lie inside the ramp. A threshold is taken for a steep ramp; for a model that has neither this is
     another boundary projection. Every question is asked cold, at three times the price: a search that follows an image
     keeps the true class's explanation for longer than a cold one finds it, and ends up to a third farther away.
@@ -84,7 +87,7 @@ class RampProjection(Attack):
         aware, ramp = through(problem)
         owner, rivals = self._runs(aware, ramp)  # (R,), (R,)
         runs = aware.rows(owner)
-        best, x = Best(runs), self._starts(runs, ramp)
+        best, x = Best(runs), self._starts(runs, ramp, len(problem))
         share = torch.ones(len(runs), dtype=torch.float64, device=x.device)
         beyond = torch.full_like(share, self.overshoot / 2)
         stale = torch.zeros(len(runs), dtype=torch.int64, device=x.device)
@@ -102,7 +105,7 @@ class RampProjection(Attack):
             stale[todo] = torch.where(improved, 0, stale[todo] + 1)
             mixed = led.rows(todo).toward(lines, torch.where(found, share[todo], 1.0))
             made.put(todo, mixed)
-            x[todo] = self._project(runs.images[todo], ramp, mixed, 1 + beyond[todo])
+            x[todo] = self._next(runs.images[todo], ramp, mixed, beyond[todo], x[todo], lines, found)
             todo = todo[(stale[todo] < self.patience) | best.distance[todo].isinf()]
             if not len(todo):
                 break
@@ -133,20 +136,38 @@ class RampProjection(Attack):
         rows = usable.nonzero().squeeze(1)
         overall.update(rows, path(rows, position[rows]), torch.ones_like(rows, dtype=torch.bool))
         if self.norm == L0:
-            return take_back(problem, overall.proposals())
+            return take_back(problem, or_else(problem, overall.proposals(), greedy_flips))
         return tighten(problem, overall.proposals(), ramp)
 
     def _project(self, images: Tensor, ramp: Ramp, lines: Lines, factor: Tensor) -> Tensor:
         delta, _ = onto_halfspace(self.norm, ramp, images, lines.gradient, lines.clean * factor)
         return (images + delta).clamp(0, 1)
 
-    def _starts(self, runs: Problem, ramp: Ramp) -> Tensor:
-        """Of every run: the clean image, or one with noise in its response and all pixels on the ramp."""
+    def _next(
+        self, images: Tensor, ramp: Ramp, mixed: Lines, beyond: Tensor, x: Tensor, lines: Lines, found: Tensor
+    ) -> Tensor:
+        """The clean images projected, or, where that has led nowhere (it may go round in circles), the images x."""
+        goal = self._project(images, ramp, mixed, 1 + beyond)
+        stuck = (~found & (beyond >= 1)).nonzero()[:, 0]
+        if len(stuck):
+            here, gradient = x[stuck], lines.gradient[stuck]
+            moved = (ramp(here).double() - ramp(images[stuck]).double()) / ramp.slope
+            margin = lines.clean[stuck] + (moved * gradient.double()).flatten(1).sum(1)
+            goal[stuck] = self._project(
+                here, ramp, Lines(gradient, margin), torch.full_like(margin, 1 + self.overshoot)
+            )
+        return goal
+
+    def _starts(self, runs: Problem, ramp: Ramp, images: int) -> Tensor:
+        """Of every run, as many for each of the ``images``: the clean image, or one with noise in its response and all
+        pixels on the ramp."""
         x = runs.images.clone()
-        which = torch.arange(len(runs), device=x.device) % (1 + self.restarts)  # of an image's runs, in turn
-        rows = (which > 0).nonzero().squeeze(1)
+        which = torch.arange(len(runs), device=x.device) % (len(runs) // images)  # of an image's runs
+        rows = (which % (1 + self.restarts) > 0).nonzero().squeeze(1)
         if len(rows):
-            noise = torch.cat([draw_normal(generators(runs.seeds[[row]], int(row)), x[:1]) for row in rows.tolist()])
+            noise = torch.cat(
+                [draw_normal(generators(runs.seeds[[row]], int(which[row])), x[:1]) for row in rows.tolist()]
+            )
             x[rows] = ramp.inverse((ramp(x[rows]) + self.noise * noise).clamp(0, 1))
         return x
 

@@ -113,17 +113,19 @@ def toward_clean(problem: Problem, proposals: Proposals, steps: int) -> Proposal
 def starting_points(problem: Problem, tries: int = 4, steps: int = 20, stream: int = 1000) -> Proposals:
     """Some adversarial for each image, by decisions alone: blends into noise, then plain images and the inverted one.
 
-    ``tries`` uniform-noise images are blended in, in ``steps`` steps, the least blend that is adversarial being kept.
-    What is left is tried with black, white, gray and inverted images. Images nothing works on come back not found.
+    ``tries`` uniform-noise images, and one of the target class if the goal has some, are blended in, in ``steps``
+    steps, the least blend that is adversarial being kept. What is left is tried with black, white, gray and inverted
+    images. Images nothing works on come back not found.
     """
     best = Best(problem)
     sources = generators(problem.seeds, stream)
     grid = [(step + 1) / steps for step in range(steps)]
-    ends = [draw_uniform(sources, problem.images) for _ in range(tries)]
-    ends += [torch.full_like(problem.images, value) for value in (0.0, 1.0, 0.5)] + [1 - problem.images]
-    for end in ends[:tries]:
+    blended = [draw_uniform(sources, problem.images) for _ in range(tries)]
+    if problem.goal.starts is not None:
+        blended.append(problem.goal.starts.to(problem.images))
+    for end in blended:
         _keep_first(problem, best, clean_to(problem, end), grid)
-    for end in ends[tries:]:
+    for end in [torch.full_like(problem.images, value) for value in (0.0, 1.0, 0.5)] + [1 - problem.images]:
         if best.distance.isfinite().all():
             break
         _keep_first(problem, best, clean_to(problem, end), [1.0], only_missing=True)

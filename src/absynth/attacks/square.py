@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 
@@ -66,7 +67,7 @@ class Square(BudgetAttack):
         channels, height, width = clean.shape
         stripes = torch.from_numpy(rng.choice([-radius, radius], size=(channels, 1, width))).to(clean.dtype)
         x = (clean + stripes).clamp(0, 1)  # vertical stripes to begin with
-        lowest = float((yield x.unsqueeze(0))[0])
+        lowest = _known((yield x.unsqueeze(0))[0])
         for step in range(self.steps):
             if lowest <= 0:
                 return x
@@ -78,7 +79,7 @@ class Square(BudgetAttack):
             candidate[window] = (clean[window] + sign).clamp(0, 1)
             if torch.equal(candidate, x):
                 continue  # nothing to ask
-            margin = float((yield candidate.unsqueeze(0))[0])
+            margin = _known((yield candidate.unsqueeze(0))[0])
             if margin < lowest:
                 x, lowest = candidate, margin
         return x if lowest <= 0 else None
@@ -93,7 +94,7 @@ class Square(BudgetAttack):
             for left in range(0, width - tile + 1, tile):
                 delta[:, top : top + tile, left : left + tile] = _peak(tile, rng, channels)
         x = _on_sphere(clean, delta, radius)
-        lowest = float((yield x.unsqueeze(0))[0])
+        lowest = _known((yield x.unsqueeze(0))[0])
         for step in range(self.steps):
             if lowest <= 0:
                 return x
@@ -109,10 +110,15 @@ class Square(BudgetAttack):
             delta[give] = 0
             delta[gain] = shape / (shape.norm() + 1e-10) * energy.sqrt()
             candidate = _on_sphere(clean, delta, radius)
-            margin = float((yield candidate.unsqueeze(0))[0])
+            margin = _known((yield candidate.unsqueeze(0))[0])
             if margin < lowest:
                 x, lowest = candidate, margin
         return x if lowest <= 0 else None
+
+
+def _known(margin: float) -> float:
+    """The margin; infinite where the classifier has no answer, so that any answer is better."""
+    return math.inf if math.isnan(margin) else float(margin)
 
 
 def _on_sphere(clean: Tensor, delta: Tensor, radius: float) -> Tensor:

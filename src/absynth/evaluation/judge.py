@@ -7,13 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from absynth.attacks.base import Classifier
+from absynth.attacks.base import NUDGES, Classifier
 from absynth.checks import check_logits
 from absynth.norms import Norm
 
-#: A proposal that misses the boundary by rounding is moved away from the clean image by these shares of its
-#: perturbation.
-NUDGES = (1e-5, 1e-4, 1e-3, 1e-2)
 #: Two answers about the same image may differ by this share of the spread of its logits.
 TOLERANCE = 1e-2
 
