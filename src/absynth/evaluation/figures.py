@@ -46,24 +46,34 @@ def display_name(model: str) -> str:
     return NAMES.get(model, model)
 
 
-def model_color(model: str, place: int = 0) -> str:
-    """The color of a model; ``place`` picks one for a model the paper does not have."""
-    return COLORS.get(model, OTHER_COLORS[place % len(OTHER_COLORS)])
+def title(model: ModelSummary) -> str:
+    """What a model is called in tables and figures: as ``display_name`` says, and in which folder where names are
+    equal."""
+    return display_name(model.stored_name) + model.name.removeprefix(model.stored_name)
+
+
+def model_colors(models: Sequence[ModelSummary]) -> list[str]:
+    """A color a model: its own for the first of a name that has one, others by their place."""
+    colors: list[str] = []
+    for place, model in enumerate(models):
+        own = COLORS.get(model.stored_name)
+        colors.append(OTHER_COLORS[place % len(OTHER_COLORS)] if own is None or own in colors else own)
+    return colors
 
 
 def accuracy_curves(models: Sequence[ModelSummary], norm: str) -> Figure:
     """Accuracy against distance, all attacks of ``norm``: ours solid, the paper's dashed, certified accuracy dotted."""
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    for place, model in enumerate(models):
-        color = model_color(model.name, place)
+    for model, color in zip(models, model_colors(models), strict=True):
         attacked = list(model.norms[norm].all.distances.values()) if norm in model.norms else []
         if attacked:
             distance, accuracy = curve(attacked, WIDEST[norm])
-            axes.step(distance, accuracy, where="post", color=color, label=display_name(model.name), linewidth=1.8)
+            axes.step(distance, accuracy, where="post", color=color, label=title(model), linewidth=1.8)
         elif norm in model.norms:
-            axes.plot([], [], color=color, label=f"{display_name(model.name)} (errors only)")
-        if (published := published_curve(model.name, norm)) is not None:
+            axes.plot([], [], color=color, label=f"{title(model)} (errors only)")
+        published = published_curve(model.stored_name, norm)
+        if published is not None and color not in OTHER_COLORS:  # once, where several models have the name
             axes.plot(published[0], 100 * np.array(published[1]), "--", color=color, linewidth=1.0, alpha=0.8)
         if radii := certified_radii(model, norm):
             # under the attacks' curve belong the same images: others may be easier
@@ -74,7 +84,7 @@ def accuracy_curves(models: Sequence[ModelSummary], norm: str) -> Figure:
     axes.axvline(THRESHOLDS[norm], color=_INK, linewidth=0.8, alpha=0.5)
     axes.set(xlabel=f"{LABELS[norm]} distance", ylabel="accuracy (%)", xlim=(0, WIDEST[norm]), ylim=(0, 101))
     _plain_axes(axes)
-    if any(published_curve(model.name, norm) is not None for model in models):
+    if any(published_curve(model.stored_name, norm) is not None for model in models):
         axes.plot([], [], "--", color=_INK, linewidth=1.0, alpha=0.8, label="published")
     if any(certified_radii(model, norm) for model in models):
         axes.plot([], [], ":", color=_INK, linewidth=1.6, label="certified")
@@ -133,7 +143,7 @@ def adversarials(
     axes = figure.add_subplot()
     axes.imshow(mosaic, interpolation="nearest")
     centers = [r * (height + gap) + height / 2 for r in range(len(rows))]
-    axes.set_yticks([centers[0], *centers[1::2]], ["clean", *(display_name(model.name) for model in shown)])
+    axes.set_yticks([centers[0], *centers[1::2]], ["clean", *(title(model) for model in shown)])
     axes.set_xticks([c * (width + gap) + width / 2 for c in range(len(chosen))], [str(images[i][1]) for i in chosen])
     for m, model in enumerate(shown):
         for c, index in enumerate(chosen):

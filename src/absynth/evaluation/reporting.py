@@ -56,13 +56,13 @@ def report(*folders: str | Path, out: str | Path | None = None) -> Report:
 
     ``out`` is the first folder unless given. No model is touched: everything comes from the ledgers and the distal
     images; a folder may hold these alone. Raises InputError when there is neither, one cannot be read, runs are about
-    different images under the same index, or the folder cannot be written.
+    different data, or the folder cannot be written.
     """
     if not folders:
         raise InputError("no run folder given: name at least one")
-    runs = [folder for folder in folders if holds_evaluation(folder) or not load_distal(folder)]
+    runs = [folder for folder in folders if not load_distal(folder) or _holds_answers(folder)]
     summary = _ordered(summarize(*runs)) if runs else Summary((), {})
-    images, parameters = _images(runs)
+    images, parameters = _images(summary)
     distal = _distal(folders, runs)
     target = Path(out) if out is not None else Path(folders[0])
     files = Report(target / "report.html", target / "report.csv", target / "report.md")
@@ -108,19 +108,20 @@ def render_html(
     contents += [("wins", "Wins"), ("cost", "Cost"), ("method", "Method")] if summary.models else []
     counts = [len(model.clean) for model in summary.models]
     data = f"{summary.facts.get('data', 'data')}, {summary.facts.get('split', '')} split"
-    lead = f"{len(summary.models)} models, {_range(counts)} images each of {data}, attacked in {_listed(norms)}."
+    total = len(summary.models)
+    lead = f"{total} model{'s' * (total != 1)}, {_range(counts)} images each of {data}, attacked in {_listed(norms)}."
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("absynth.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("report.html").render(
         title="Evaluation report",
-        lead=lead.replace("1 models", "1 model") if summary.models else "Distal images alone: nothing was attacked.",
+        lead=lead if summary.models else "Distal images alone: nothing was attacked.",
         contents=contents,
         cell=cell_html,
         norms=[{"title": NORM_TITLES[norm]} for norm in norms],
         thresholds=", ".join(f"{NORM_TITLES[norm]} {THRESHOLDS[norm]:g}" for norm in norms),
         overview=[overview(model, norms) for model in summary.models],
-        warnings=[(figures.display_name(model.name), model.doubts) for model in summary.models if model.doubts],
+        warnings=[(figures.title(model), model.doubts) for model in summary.models if model.doubts],
         unasked=_unasked(summary),
         no_warning=NO_WARNING.format(attacked=_listed(norms)),
         curves=[_curves(summary, norm) for norm in norms],
@@ -130,7 +131,7 @@ def render_html(
         certificates=certificates,
         wins=wins(summary, norms),
         cost=cost(summary, norms),
-        digests=[(figures.display_name(model.name), model.digest) for model in summary.models],
+        digests=[(figures.title(model), model.digest) for model in summary.models],
         facts=[(key.replace("_", " "), value) for key, value in summary.facts.items()],
         parameters=list((parameters or {}).items()),
         source=paper.source(),
@@ -152,7 +153,7 @@ def render_csv(summary: Summary) -> str:
     for model in summary.models:
         for norm, found in model.norms.items():
             for attack, cell in (("all", found.all), *found.attacks.items()):
-                published = paper.published(model.name, norm, None if attack == "all" else attack)
+                published = paper.published(model.stored_name, norm, None if attack == "all" else attack)
                 writer.writerow(
                     [
                         *(model.name, norm, attack, cell.images, cell.errors, cell.median, *cell.median_interval),
@@ -212,7 +213,7 @@ def _markdown_attacks(summary: Summary) -> list[str]:
         lines += ["", f"## {table['title']}", ""]
         body = [[row["attack"], *(cell_text(cell) for cell in row["cells"])] for row in table["rows"]]
         lines += markdown_table(["attack", *table["models"]], body)
-    doubts = [(figures.display_name(model.name), doubt) for model in summary.models for doubt in model.doubts]
+    doubts = [(figures.title(model), doubt) for model in summary.models for doubt in model.doubts]
     lines += ["", "## Warnings"]
     lines += ["", *(f"- {name}, {doubt.subject}: {doubt.message}" for name, doubt in doubts)] if doubts else []
     unasked = _unasked(summary)
@@ -225,7 +226,7 @@ def _markdown_attacks(summary: Summary) -> list[str]:
 
 def _unasked(summary: Summary) -> str:
     """The models that the evaluation did not put its questions to, attacked ones only."""
-    return ", ".join(figures.display_name(model.name) for model in summary.models if model.norms and not model.probed)
+    return ", ".join(figures.title(model) for model in summary.models if model.norms and not model.probed)
 
 
 # Figures
@@ -256,26 +257,33 @@ def _embedded(figure: Any) -> dict[str, Any]:
 
 def _ordered(summary: Summary) -> Summary:
     """Models in the paper's order, others after them."""
-    known = list(paper.NAMES)
-    models = sorted(summary.models, key=lambda m: (known.index(m.name) if m.name in known else len(known), m.name))
+    places = {name: place for place, name in enumerate(paper.NAMES)}
+    models = sorted(summary.models, key=lambda model: (places.get(model.stored_name, len(places)), model.name))
     return Summary(tuple(models), summary.facts)
 
 
-def _images(folders: Sequence[str | Path]) -> tuple[dict[int, tuple[Tensor, int]], dict[str, str]]:
+def _holds_answers(folder: str | Path) -> bool:
+    """Whether there is an evaluation in or right below ``folder`` that a model has answered in."""
+    if not holds_evaluation(folder):
+        return False
+    for place in ledger_folders([folder]):
+        with Ledger(place) as ledger:
+            if any(ledger.clean(record.digest) or ledger.keys(record.digest) for record in ledger.models()):
+                return True
+    return False
+
+
+def _images(summary: Summary) -> tuple[dict[int, tuple[Tensor, int]], dict[str, str]]:
     """Clean images by index, and attacks by name."""
     images: dict[int, tuple[Tensor, int]] = {}
     parameters: dict[str, list[str]] = {}  # several where an attack was refined for some of the models
-    digests = set()
-    for folder in ledger_folders(folders):
+    for folder in sorted({model.folder for model in summary.models}):
         with Ledger(folder) as ledger:
             images.update(ledger.images())
-            digests.add(ledger.facts().get("data_digest"))
             for record in ledger.attacks().values():
                 given = parameters.setdefault(record.name, [])
                 if record.attack not in given:
                     given.append(record.attack)
-    if len(digests) > 1:
-        raise InputError(f"{', '.join(map(str, folders))} are about different data: report on one data set at a time")
     return images, {name: "; ".join(given) for name, given in sorted(parameters.items())}
 
 

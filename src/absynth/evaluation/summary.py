@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from absynth.errors import InputError, unknown_name
 from absynth.evaluation.doubts import ledger_doubts
 from absynth.evaluation.folders import ledger_folders
-from absynth.evaluation.ledger import Ledger
+from absynth.evaluation.ledger import Ledger, nothing_in
+from absynth.evaluation.names import named_apart
 from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, Row
 from absynth.evaluation.statistics import Interval, median, median_interval, wilson_interval
 from absynth.norms import NORMS
@@ -110,7 +112,8 @@ class ModelSummary:
     ``union`` holds the images that no adversarial of any attack breaks within the balls of L0, L2 and L∞ at their
     thresholds; each adversarial counts in every ball it lies in, not only in its own norm's. None without rows in all
     three. ``nearest`` is the row of each image's nearest adversarial, by norm. ``probed``: whether the questions of
-    ``absynth.evaluation.doubts`` were put to the model; without them no doubt means little.
+    ``absynth.evaluation.doubts`` were put to the model; without them no doubt means little. ``stored_name`` is what the
+    ledger in ``folder`` calls the model; ``name`` says in which folder where several are called so.
     """
 
     name: str
@@ -123,6 +126,8 @@ class ModelSummary:
     doubts: tuple[Doubt, ...] = ()
     probed: bool = True
     labels: Mapping[int, int] = field(default_factory=dict)
+    stored_name: str = ""
+    folder: Path = Path()
 
     @property
     def clean_accuracy(self) -> float:
@@ -159,7 +164,10 @@ class Summary:
     facts: Mapping[str, str]
 
     def __getitem__(self, name: str) -> ModelSummary:
-        return next(model for model in self.models if model.name == name)
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise unknown_name("model", name, [model.name for model in self.models])
 
     def to_json(self) -> dict[str, Any]:
         """``{"models": {name: {"clean_accuracy", "l2": {"median", "accuracy", "threshold", "images",
@@ -173,39 +181,65 @@ def within(distance: float, threshold: float) -> bool:
 
 
 def summarize(*folders: str | Path) -> Summary:
-    """Sum up the ledgers in or below the run folders. A model in several ledgers stands under ``name (folder)``.
+    """Sum up the ledgers in or below the run folders. Of models that are called the same each stands under ``name
+    (folder)``, with as much of the path as tells them apart.
 
-    Raises InputError when there is no ledger or one cannot be read.
+    A ledger without an answer of any model, as a run leaves that was refused, counts as none. Raises InputError when
+    there is no other, one cannot be read, or they are about different data.
     """
-    found: list[tuple[ModelSummary, Path]] = []
-    facts: dict[str, str] = {}
-    for folder in ledger_folders(folders):
-        with Ledger(folder) as ledger:
-            facts = facts or ledger.facts()
-            attacks, images = ledger.attacks(), ledger.images()
-            for record in ledger.models():
-                rows = ledger.rows(record.digest)
-                if not rows and not ledger.clean(record.digest):
-                    continue
-                doubts = (*ledger.doubts(record.digest), *ledger_doubts(record.digest, rows, attacks))
-                model = summarize_model(
-                    record.name,
-                    record.digest,
-                    ledger.clean(record.digest),
-                    rows,
-                    attacks,
-                    {index: image for index, (image, _) in images.items()},
-                    ledger.certificates(record.digest),
-                    doubts,
-                    bool(ledger.probes(record.digest)),
+    read: dict[Path, Summary] = {}
+    for given in map(Path, folders):
+        places = ledger_folders([given])
+        for place in places:
+            if place.resolve() not in read:
+                read[place.resolve()] = _read(place)
+        if not any(read[place.resolve()].models for place in places):
+            raise nothing_in(given)
+    runs = [run for run in read.values() if run.models]
+    for run in runs:
+        if run.facts.get("data_digest") != runs[0].facts.get("data_digest"):
+            raise InputError(
+                f"{_about(runs[0])}, {_about(run)}, which is different data: give runs on one data set at a time"
+            )
+    return Summary(named_apart([model for run in runs for model in run.models]), runs[0].facts if runs else {})
+
+
+def _about(run: Summary) -> str:
+    facts = {"data": "unknown data", "split": "unknown", "data_digest": "unknown", **run.facts}
+    return (
+        f"{run.models[0].folder} is about {facts['data']} ({facts['split']} split, digest {facts['data_digest'][:8]})"
+    )
+
+
+def _read(folder: Path) -> Summary:
+    """What one ledger says."""
+    with Ledger(folder) as ledger:
+        attacks = ledger.attacks()
+        images = {index: image for index, (image, _) in ledger.images().items()}
+        models = []
+        for record in ledger.models():
+            rows, clean = ledger.rows(record.digest), ledger.clean(record.digest)
+            if not rows and not clean:
+                continue
+            if unknown := next((row.attack for row in rows if row.attack not in attacks), None):
+                raise InputError(
+                    f"{ledger.path} is damaged (it has rows of {unknown}, which its table attacks lacks): restore it "
+                    "from a copy, or move it away and run again"
                 )
-                found.append((model, folder))
-    names = [model.name for model, _ in found]
-    models = [
-        model if names.count(model.name) == 1 else _renamed(model, f"{model.name} ({folder.name}, {model.digest[:8]})")
-        for model, folder in found
-    ]
-    return Summary(tuple(models), facts)
+            doubts = (*ledger.doubts(record.digest), *ledger_doubts(record.digest, rows, attacks))
+            model = summarize_model(
+                record.name,
+                record.digest,
+                clean,
+                rows,
+                attacks,
+                images,
+                ledger.certificates(record.digest),
+                doubts,
+                bool(ledger.probes(record.digest)),
+            )
+            models.append(replace(model, folder=folder))
+        return Summary(tuple(models), ledger.facts())
 
 
 def summarize_model(
@@ -237,6 +271,7 @@ def summarize_model(
         doubts=tuple(doubts),
         probed=probed,
         labels=labels,
+        stored_name=name,
     )
 
 
@@ -254,14 +289,14 @@ def _norm_summary(norm: str, rows: list[Row], attacks: Mapping[str, AttackRecord
     for row in rows:
         by_attack[labels[row.attack]].append(row)
     best = _smallest(rows)
+    winners: dict[int, set[str]] = defaultdict(set)
+    for row in rows:
+        if row.status == "found" and 0 < row.distance == best[row.image] < math.inf:
+            winners[row.image].add(labels[row.attack])
     wins: dict[str, float] = defaultdict(float)
-    for image, distance in best.items():
-        if 0 < distance < math.inf:
-            winners = {
-                labels[r.attack] for r in rows if r.image == image and r.status == "found" and r.distance == distance
-            }
-            for label in winners:
-                wins[label] += 1 / len(winners)
+    for nearest in winners.values():
+        for label in nearest:
+            wins[label] += 1 / len(nearest)
     knowledge = {labels[key]: record.knowledge for key, record in attacks.items() if key in labels}
     cells = {
         label: _cell(norm, group, wins=wins[label], knowledge=knowledge[label]) for label, group in by_attack.items()
@@ -319,10 +354,6 @@ def survivors(rows: Sequence[Row], images: Mapping[int, torch.Tensor], balls: Ma
         if broken:
             alive[row.image] = False
     return alive
-
-
-def _renamed(model: ModelSummary, name: str) -> ModelSummary:
-    return replace(model, name=name)
 
 
 def _plain(value: float) -> float | None:

@@ -46,7 +46,7 @@ def _attack_name(attack: str, norm: str) -> str:
 def overview(model: ModelSummary, norms: Sequence[str]) -> dict[str, Any]:
     """One row of the first table: clean accuracy, every norm with all attacks together, and the union of the balls."""
     right, count = sum(model.clean.values()), len(model.clean)
-    published = paper.published_clean(model.name)
+    published = paper.published_clean(model.stored_name)
     clean = Entry(
         percent(model.clean_accuracy, 1),
         _percents(wilson_interval(right, count)),
@@ -57,10 +57,10 @@ def overview(model: ModelSummary, norms: Sequence[str]) -> dict[str, Any]:
         alive = sum(model.union.values())
         union = Entry(percent(alive / len(model.union)), _percents(wilson_interval(alive, len(model.union))))
     cells = [
-        _entry(model.norms[norm].all, paper.published(model.name, norm)) if norm in model.norms else Entry()
+        _entry(model.norms[norm].all, paper.published(model.stored_name, norm)) if norm in model.norms else Entry()
         for norm in norms
     ]
-    return {"model": figures.display_name(model.name), "images": count, "clean": clean, "norms": cells, "union": union}
+    return {"model": figures.title(model), "images": count, "clean": clean, "norms": cells, "union": union}
 
 
 def attack_table(summary: Summary, norm: str) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def attack_table(summary: Summary, norm: str) -> dict[str, Any]:
     for attack in _attacks(models, norm):
         cells = []
         for model in models:
-            published = paper.published(model.name, norm, attack)
+            published = paper.published(model.stored_name, norm, attack)
             cell = model.norms[norm].attacks.get(attack)
             cells.append(
                 Entry(published="" if published is None else _published(published))
@@ -78,13 +78,13 @@ def attack_table(summary: Summary, norm: str) -> dict[str, Any]:
                 else _entry(cell, published)
             )
         rows.append({"attack": _attack_name(attack, norm), "cells": cells, "total": False})
-    total = [_entry(model.norms[norm].all, paper.published(model.name, norm)) for model in models]
+    total = [_entry(model.norms[norm].all, paper.published(model.stored_name, norm)) for model in models]
     if len(rows) != 1:  # of one attack it would be the same line again
         rows.append({"attack": "all attacks", "cells": total, "total": True})
     threshold = f"{NORM_TITLES[norm]} {THRESHOLDS[norm]:g}"
     return {
         "title": f"{NORM_TITLES[norm]}: median distance · accuracy at {THRESHOLDS[norm]:g}",
-        "models": [figures.display_name(model.name) for model in models],
+        "models": [figures.title(model) for model in models],
         "rows": rows,
         "caption": f"Median distance · accuracy at {threshold}; below, 95 % intervals; italic, the paper's figures.",
     }
@@ -115,7 +115,7 @@ def wins(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
                 share = 0.0 if cell is None or not cell.images else cell.wins / cell.images
                 cells.append((share, "" if cell is None else f"{cell.wins:.3g}"))
             rows.append({"attack": attack, "cells": cells})
-    return {"models": [figures.display_name(model.name) for model in summary.models], "rows": rows}
+    return {"models": [figures.title(model) for model in summary.models], "rows": rows}
 
 
 def cost(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def cost(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
                 queries = "" if cell is None else f"{cell.forward:,.0f} + {cell.backward:,.0f}"
                 cells.append(Entry("" if cell is None else queries, "" if cell is None else f"{cell.seconds:.2g} s"))
             rows.append({"attack": attack, "cells": cells})
-    return {"models": [figures.display_name(model.name) for model in summary.models], "rows": rows}
+    return {"models": [figures.title(model) for model in summary.models], "rows": rows}
 
 
 def certificate_rows(summary: Summary) -> Iterable[dict[str, Any]]:
@@ -144,7 +144,7 @@ def certificate_rows(summary: Summary) -> Iterable[dict[str, Any]]:
             certified = sum(radius > THRESHOLDS[norm] for radius in radii)
             interval = _percents(wilson_interval(certified, len(radii)))
             yield {
-                "model": figures.display_name(model.name),
+                "model": figures.title(model),
                 "norm": NORM_TITLES[norm],
                 "method": method,
                 "kind": kind,
