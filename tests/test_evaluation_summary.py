@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
+import time
+from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from absynth.errors import InputError
+from absynth.evaluation import compare, distal, report, save_distal, summarize
 from absynth.evaluation.doubts import ledger_doubts
+from absynth.evaluation.ledger import FILE_NAME
+from absynth.evaluation.names import named_apart
 from absynth.evaluation.rows import AttackRecord, CleanRow, Row
 from absynth.evaluation.statistics import median, median_interval, wilson_interval
 from absynth.evaluation.summary import Summary, summarize_model, within
+from evaluation_models import Linear, labeled, run
 
 INF = math.inf
 
@@ -150,3 +159,66 @@ def test_doubts_from_rows() -> None:
     assert codes(found(half.attack, [2.0] * 4) + found(full.attack, [1.5] * 4)) == {("steps-rising", "v-l2")}
     assert codes(found(half.attack, [2.0] * 4) + found(full.attack, [1.99] * 4)) == set()
     assert ("errors", "a-l2") in codes(ROWS)
+
+
+def test_runs_on_different_data_are_not_summed_up(tmp_path: Path) -> None:
+    run(tmp_path / "one", suite="none")
+    run(tmp_path / "two", suite="none", data=labeled(Linear(), wrong=1))
+    with pytest.raises(InputError, match=r"one is about tensors \(all split, digest \w{8}\), .*two is.*different data"):
+        summarize(tmp_path)
+
+
+def test_a_ledger_without_an_answer_counts_as_none(tmp_path: Path) -> None:
+    pictures, _ = labeled(Linear())
+    with pytest.raises(InputError, match="label 3"):
+        run(tmp_path / "refused", data=(pictures, torch.full((12,), 3)))
+    for read in (summarize, report):
+        with pytest.raises(InputError, match=r"no evaluation in .*refused"):
+            read(tmp_path / "refused")
+    run(tmp_path / "run", suite="none")
+    assert [model.name for model in summarize(tmp_path).models] == ["net"]
+    assert "1 model, 8 images" in report(tmp_path).html.read_text(encoding="utf-8")
+    save_distal(tmp_path / "refused", {"net": distal(Linear(), 1, count=1, shape=(1, 8, 8), steps=1)})
+    assert "Distal images alone" in report(tmp_path / "refused").markdown.read_text(encoding="utf-8")
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for place in ("a/abs", "b/abs"):
+        run(tmp_path / place, suite="deepfool-l2", name="abs")
+    run(tmp_path / "a/other", Linear(seed=3), suite="deepfool-l2", name="other")
+    both = summarize(tmp_path / "a", tmp_path / "b", tmp_path / "b" / "abs")
+    assert list(both.to_json()["models"]) == ["abs (a/abs)", "other", "abs (b/abs)"]
+    assert both["abs (b/abs)"].stored_name == "abs"
+    text = report(tmp_path / "a", tmp_path / "b").markdown.read_text(encoding="utf-8")
+    assert "| attack | ABS (a/abs) | ABS (b/abs) | other |" in text
+    twins = [replace(both["other"], folder=tmp_path, digest=digest) for digest in ("1" * 64, "2" * 64)]
+    assert [model.name for model in named_apart(twins)] == ["other (11111111)", "other (22222222)"]
+    with pytest.raises(InputError, match=r"unknown model 'abs'.*abs \(a/abs\)"):
+        both["abs"]
+
+
+def test_a_model_is_compared_with_each_of_itself(tmp_path: Path) -> None:
+    for place in ("one/net", "two/net", "two/again"):
+        run(tmp_path / place, suite="deepfool-l2")
+    run(tmp_path / "one/other", Linear(seed=3), suite="deepfool-l2", name="other")
+    run(tmp_path / "two/other", Linear(seed=4), suite="deepfool-l2", name="other")
+    found = compare(tmp_path / "one", tmp_path / "two")
+    assert {one.model for one in found} == {"net | net (again)", "net | net (net)", "other"}
+    assert all(one.nearer == one.farther == 0 for one in found if one.model != "other")
+
+
+def test_a_row_of_an_attack_that_is_not_listed_is_damage(tmp_path: Path) -> None:
+    run(tmp_path, suite="deepfool-l2")
+    with closing(sqlite3.connect(tmp_path / FILE_NAME)) as connection, connection:
+        connection.execute("DELETE FROM attacks")
+    for read in (summarize, report):
+        with pytest.raises(InputError, match=r"is damaged \(it has rows of DeepFool\(.*which its table attacks lacks"):
+            read(tmp_path)
+
+
+def test_an_attack_of_many_images_is_summed_up_in_one_pass() -> None:
+    """Each image looked up in all rows takes minutes."""
+    rows = [row(attack, image, 1.0 + image) for image in range(20_000) for attack in ("A2", "B2")]
+    started = time.monotonic()
+    norm = summarize_model("net", "m", [], rows, ATTACKS, CLEAN).norms["l2"]
+    assert norm.attacks["a-l2"].wins == 10_000 and time.monotonic() - started < 10

@@ -46,8 +46,9 @@ class Difference:
 def compare(first: str | Path, second: str | Path) -> tuple[Difference, ...]:
     """What differs between two runs: per model, norm and attack (``all`` first) that both have, on shared images.
 
-    Models are matched by name; two runs of one model each are compared whatever the names. Raises InputError when a run
-    cannot be read, the data differ, or nothing is shared.
+    A model is compared with itself, as its digest says, and with another of its name where it is not there; two runs of
+    one model each are compared whatever the names. Raises InputError when a run cannot be read, the data differ, or
+    nothing is shared.
     """
     one, two = summarize(first), summarize(second)
     if one.facts.get("data_digest") != two.facts.get("data_digest"):
@@ -66,8 +67,17 @@ def compare(first: str | Path, second: str | Path) -> tuple[Difference, ...]:
 def _pairs(one: tuple[ModelSummary, ...], two: tuple[ModelSummary, ...]) -> list[tuple[ModelSummary, ModelSummary]]:
     if len(one) == len(two) == 1:
         return [(one[0], two[0])]
-    others = {model.name: model for model in two}
-    return [(model, others[model.name]) for model in one if model.name in others]
+    return [(model, other) for model in one for other in _counterparts(model, one, two)]
+
+
+def _counterparts(
+    model: ModelSummary, one: tuple[ModelSummary, ...], two: tuple[ModelSummary, ...]
+) -> list[ModelSummary]:
+    """Which of ``two`` to compare a model of ``one`` with: several where a run holds several of it."""
+    same = [other for other in two if other.digest == model.digest]
+    known = {other.digest for other in one}
+    found = same or [o for o in two if o.stored_name == model.stored_name and o.digest not in known]
+    return [other for other in found if other.name == model.name] or found
 
 
 def _named(model: ModelSummary, norm: str) -> dict[str, Cell]:
