@@ -35,6 +35,7 @@ def test_measure_exactly() -> None:
     assert found.log_likelihood == pytest.approx(expected, abs=1e-6)
     assert found.confidence_histogram == (0, 0, 0, 0, 0, 0, 0, 1, 0, 3) or found.confidence_histogram[7:] == (1, 3, 0)
     assert found.refused is None
+    assert measure(classifier, images[2:], torch.tensor([0, 1])).median_confidence == pytest.approx(0.825)
     told: list[int] = []
     with pytest.raises(absynth.InputError, match="2 classes"):
         measure(classifier, images, torch.tensor([0, 0, 1, 2]), progress=lambda done, _total, _text: told.append(done))

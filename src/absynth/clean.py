@@ -16,7 +16,7 @@ from absynth.errors import InputError, unknown_name
 from absynth.evaluation.doubts import PROBED, answer_doubts
 from absynth.evaluation.judge import device_of
 from absynth.evaluation.plan import image_indices, load_model
-from absynth.evaluation.statistics import wilson_interval
+from absynth.evaluation.statistics import median, wilson_interval
 
 BATCH = 128
 GPU_BATCH = 5000  # there a batch costs the launching of its kernels
@@ -115,7 +115,7 @@ def measure(
         clean_accuracy=right / len(images),
         interval=wilson_interval(right, len(images)),
         log_likelihood=found.gather(1, labels[:, None]).clamp_min(SMALLEST).log().mean().item(),
-        median_confidence=confidence.median().item(),
+        median_confidence=median(confidence.tolist()),
         confidence_histogram=tuple(int(count) for count in torch.histc(confidence, BINS, 0, 1).tolist()),
         refused=None if refused is None else refused.double().mean().item(),
         right_and_accepted=None if refused is None else (is_right & ~refused).double().mean().item(),
