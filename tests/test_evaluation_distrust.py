@@ -250,6 +250,32 @@ def test_an_attack_that_misses_the_planted_adversarial_is_doubted() -> None:
     assert doubt.code == "planted-missed" and "instead of 0.75" in doubt.message
 
 
+@dataclass(frozen=True)
+class Patient(Attack):
+    """Finds the inverted image, with fewer than eight steps nothing but an error."""
+
+    steps: int = 8
+    norm: Any = field(default=L2, repr=False)
+    family = "patient"
+    kind = "minimum"
+    knowledge = "decision"
+    source = "tests"
+    deterministic = True
+    queries = "none"
+
+    def search(self, problem: Problem) -> Proposals:
+        if self.steps < 8:
+            raise RuntimeError("too few steps")
+        return Proposals(1 - problem.images, problem.met(1 - problem.images))
+
+
+def test_an_error_with_half_of_the_steps_is_no_distance(tmp_path: Path) -> None:
+    summary = run(tmp_path, suite=(Patient(),), probe=True)
+    assert {doubt.code for doubt in summary["net"].doubts} == set()
+    with Ledger(tmp_path) as ledger:
+        assert {probe for probe, _ in ledger.probes(model_digest(Linear()))} == {"model"}  # the steps were not tried
+
+
 def test_half_steps() -> None:
     assert with_half_steps(DeepFool(L2)) == DeepFool(L2, steps=25)
     assert with_half_steps(Liar("clean")) is None

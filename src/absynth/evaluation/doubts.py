@@ -24,7 +24,7 @@ from absynth.evaluation.judge import device_of, judge
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import Job, Plan, row_seed
 from absynth.evaluation.rows import AttackRecord, Doubt, Row
-from absynth.evaluation.statistics import median
+from absynth.evaluation.statistics import median, short
 from absynth.norms import Norm
 
 PROBED = 8  # images the model is probed with
@@ -73,8 +73,9 @@ def probe_attacks(
         index = [image for image in sound if (name, image) in distances][:HALVED]
         if half is not None and index and ("steps", name) not in done:
             rows = run_job(Job(half, tuple(index)), classifier, images[index], labels[index], clean, model, plan.seed)
-            full = [distances[name, image] for image in index]
-            ledger.add_probe(model, "steps", name, steps_doubts(model, attack.name, [r.distance for r in rows], full))
+            pairs = [(row.distance, distances[name, row.image]) for row in rows if row.status != "error"]
+            if pairs:  # an error is no distance
+                ledger.add_probe(model, "steps", name, steps_doubts(model, attack.name, *zip(*pairs, strict=True)))
         if progress is not None:
             progress(attack)
 
@@ -382,4 +383,4 @@ def _nearest(groups: Iterator[Mapping[int, Row]]) -> dict[int, float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}" if math.isfinite(value) else "none"
+    return short(value) if math.isfinite(value) else "none"

@@ -41,3 +41,8 @@ def wilson_interval(successes: int, count: int) -> Interval:
     half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
     # exactly 0 and 1 at the ends, where rounding would leave 1e-19
     return (max(0.0, center - half) if successes else 0.0, min(1.0, center + half) if successes < count else 1.0)
+
+
+def short(value: float) -> str:
+    """A finite number as text: three significant digits, from 1,000 on all that are before the point."""
+    return f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
