@@ -25,7 +25,9 @@ from absynth.errors import InputError
 from absynth.evaluation import Certificate, Ledger, distal, evaluate, load_distal, report, save_distal, summarize
 from absynth.evaluation.figures import adversarials, curve, to_png, to_svg
 from absynth.evaluation.paper import MODELS, paper_attacks, published, published_clean, published_curve
-from absynth.evaluation.tables import number, percent
+from absynth.evaluation.rows import AttackRecord, Row
+from absynth.evaluation.summary import Summary, summarize_model
+from absynth.evaluation.tables import cost, markdown_table, number, percent
 from absynth.norms import L0, L2, LINF
 from absynth.responses import Ramp
 from evaluation_models import Linear, labeled
@@ -133,6 +135,23 @@ def test_runs_on_different_data_are_not_mixed(reported: Path, tmp_path: Path) ->
 def test_the_curve_is_the_share_of_survivors() -> None:
     points, accuracy = curve([0.0, 1.0, 1.0, math.inf], 4.0)
     assert points.tolist() == [0.0, 1.0, 4.0] and accuracy.tolist() == [75.0, 25.0, 25.0]
+
+
+def test_numbers_of_four_digits_are_written_out() -> None:
+    assert [number(value) for value in (0.0123456, 1.5, 999.4, 999.6, 4321.5)] == [
+        "0.0123",
+        "1.5",
+        "999",
+        "1,000",
+        "4,322",
+    ]
+    assert [number(value) for value in (math.inf, math.nan)] == ["∞", "–"]
+    attack = AttackRecord("A", "a-l2", "l2", "gradient", "minimum")
+    found = [Row("m", "A", "l2", 0, 0, 0, 1.0, "found", seconds=123.4)]
+    model = summarize_model("a|b", "m", [], found, {"A": attack}, {})
+    (row,) = cost(Summary((model,), {}), ["l2"])["rows"]
+    assert row["cells"][0].interval == "123 s"
+    assert markdown_table(["a|b"], [["c|d"]]) == ["| a\\|b |", "|---|", "| c\\|d |"]
 
 
 def test_published_figures() -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from absynth.evaluation.distal import Distal
 from absynth.evaluation.paper import NAMES, published_curve
+from absynth.evaluation.statistics import short
 from absynth.evaluation.summary import THRESHOLDS, ModelSummary
 
 #: Colors that are told apart on white and on black.
@@ -148,7 +149,7 @@ def adversarials(
     for m, model in enumerate(shown):
         for c, index in enumerate(chosen):
             nearest_row = model.nearest[norm].get(index)
-            text = "–" if nearest_row is None else f"{nearest_row.distance:.3g}"
+            text = "–" if nearest_row is None else short(nearest_row.distance)
             spot = c * (width + gap) + width - 1, (2 * m + 2) * (height + gap) + height - 1
             axes.text(*spot, text, ha="right", va="bottom", fontsize=6.5, color="#202020")
     _plain_axes(axes)

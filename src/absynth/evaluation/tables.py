@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from absynth.evaluation import figures, paper
-from absynth.evaluation.statistics import Interval, median, wilson_interval
+from absynth.evaluation.statistics import Interval, median, short, wilson_interval
 from absynth.evaluation.summary import THRESHOLDS, Cell, ModelSummary, Summary
 
 #: The order of norms in a report.
@@ -113,7 +113,7 @@ def wins(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
             for model in models:
                 cell = model.norms[norm].attacks.get(attack) if norm in model.norms else None
                 share = 0.0 if cell is None or not cell.images else cell.wins / cell.images
-                cells.append((share, "" if cell is None else f"{cell.wins:.3g}"))
+                cells.append((share, "" if cell is None else short(cell.wins)))
             rows.append({"attack": attack, "cells": cells})
     return {"models": [figures.title(model) for model in summary.models], "rows": rows}
 
@@ -127,7 +127,7 @@ def cost(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
             for model in summary.models:
                 cell = model.norms[norm].attacks.get(attack) if norm in model.norms else None
                 queries = "" if cell is None else f"{cell.forward:,.0f} + {cell.backward:,.0f}"
-                cells.append(Entry("" if cell is None else queries, "" if cell is None else f"{cell.seconds:.2g} s"))
+                cells.append(Entry("" if cell is None else queries, "" if cell is None else _seconds(cell.seconds)))
             rows.append({"attack": attack, "cells": cells})
     return {"models": [figures.title(model) for model in summary.models], "rows": rows}
 
@@ -159,15 +159,19 @@ def certificate_rows(summary: Summary) -> Iterable[dict[str, Any]]:
 
 
 def number(value: float) -> str:
-    """Three significant digits; ∞ for infinity, an en dash for NaN."""
+    """Three significant digits, from 1,000 on no decimals; ∞ for infinity, an en dash for NaN."""
     if math.isnan(value):
         return "–"
-    return "∞" if math.isinf(value) else f"{value:.3g}"
+    return "∞" if math.isinf(value) else short(value)
 
 
 def percent(share: float, digits: int = 0) -> str:
     """A share as a percentage."""
     return "–" if math.isnan(share) else f"{100 * share:.{digits}f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2g} s" if value < 99.5 else f"{value:,.0f} s"
 
 
 def _percents(interval: Interval) -> str:
@@ -192,5 +196,8 @@ def cell_text(entry: Entry) -> str:
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """The lines of a table."""
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return [_markdown_row(head), "|" + "---|" * len(head), *map(_markdown_row, rows)]
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
