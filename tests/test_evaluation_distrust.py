@@ -113,9 +113,55 @@ def test_nothing_found_among_answers_of_nan_is_not_robust(tmp_path: Path) -> Non
 
 
 def test_a_report_on_errors_alone_draws_no_curve(tmp_path: Path) -> None:
-    run(tmp_path / "run", Bad("wrong shape"))
-    page = report(tmp_path / "run", out=tmp_path / "page").html.read_text()  # warnings are errors here
-    assert "(errors only)" in page
+    summary = run(tmp_path / "run", Bad("wrong shape"))
+    files = report(tmp_path / "run", out=tmp_path / "page")  # warnings are errors here
+    assert "(errors only)" in files.html.read_text()
+    assert "| net | 0 | error (0 of 8 images answered) | error | error | error | error |" in files.markdown.read_text()
+    assert math.isnan(summary["net"].clean_accuracy) and summary.to_json()["models"]["net"]["clean_accuracy"] is None
+
+
+@pytest.mark.parametrize("suite", ["none", (DeepFool(L2),)])
+def test_images_without_an_answer_are_left_out_of_the_clean_accuracy_too(tmp_path: Path, suite: Any) -> None:
+    model = Bad("nan at one image")
+    summary = run(tmp_path, model, data=labeled(Linear(), wrong=0), suite=suite)
+    one = summary["net"]
+    assert (one.clean_accuracy, len(one.clean), one.unanswered) == (1.0, 7, 1)
+    assert ("unanswered", "model") in {(doubt.code, doubt.subject) for doubt in one.doubts}
+    text = report(tmp_path).markdown.read_text()
+    assert "| net | 7 | 100.0 % (7 of 8 images answered; 65–100 %) |" in text
+    assert "net, model: 1 of 8 images got no usable answer and are left out of all numbers: the model answered" in text
+
+
+@dataclass(frozen=True)
+class Partial(DeepFool):
+    """Fails where the first pixel is bright."""
+
+    limit: float = 0.5
+
+    def search(self, problem: Problem) -> Proposals:
+        if (problem.images.flatten(1)[:, 0] > self.limit).any():
+            raise ValueError("too bright")
+        return super().search(problem)
+
+
+def test_an_image_counts_by_the_other_attacks_and_without_any_as_an_error(tmp_path: Path) -> None:
+    pictures, labels = labeled(Linear(), wrong=0)
+    first = pictures[:8].flatten(1)[:, 0].sort().values
+    low, high = (
+        float(first[k : k + 2].mean()) for k in (3, 6)
+    )  # four images are darker than one, seven than the other
+    attacks = (Partial(L2, limit=low), Partial(L2, limit=high), BoundaryProjection(LINF), BoundaryProjection(L0))
+    one = run(tmp_path, data=(pictures, labels), suite=attacks)["net"]
+    together = one.norms["l2"].all
+    assert (together.images, together.errors, one.norms["l2"].uneven) == (7, 1, True)
+    assert sorted((cell.images, cell.errors) for cell in one.norms["l2"].attacks.values()) == [(4, 4), (7, 1)]
+    assert one.union is not None and (len(one.union), one.union_errors, one.union_uneven) == (7, 1, True)
+    assert [doubt.message for doubt in one.doubts if doubt.code == "errors"] == [
+        f"{count} images left out of its numbers: ValueError: too bright" for count in (4, 1)
+    ]
+    text = report(tmp_path).markdown.read_text()
+    assert "(7 images, some without every attack; " in text.split("all attacks |")[1].splitlines()[0]
+    assert "(4 images; " in text and one.norms["linf"].uneven is False
 
 
 def test_errors_are_tried_again_on_request(tmp_path: Path) -> None:

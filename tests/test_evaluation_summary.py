@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 import time
 from contextlib import closing
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from absynth.cli import runs
 from absynth.errors import InputError
-from absynth.evaluation import compare, distal, report, save_distal, summarize
+from absynth.evaluation import compare, distal, merge, report, save_distal, summarize
 from absynth.evaluation.doubts import ledger_doubts
 from absynth.evaluation.ledger import FILE_NAME
 from absynth.evaluation.names import named_apart
@@ -222,3 +224,23 @@ def test_an_attack_of_many_images_is_summed_up_in_one_pass() -> None:
     started = time.monotonic()
     norm = summarize_model("net", "m", [], rows, ATTACKS, CLEAN).norms["l2"]
     assert norm.attacks["a-l2"].wins == 10_000 and time.monotonic() - started < 10
+
+
+def test_where_attacks_cover_different_images_all_of_them_together_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "one", suite="gaussian-noise-l2")
+    run(tmp_path / "two", suite="gaussian-noise-l2,deepfool-l2", images=3)
+    merge(tmp_path / "one", tmp_path / "two", tmp_path / "both")
+    found = {one.attack: one for one in compare(tmp_path / "one", tmp_path / "both")}
+    assert (found["all"].images, found["all"].uneven, found["gaussian-noise-l2"].uneven) == (8, True, False)
+    found = {one.attack: one for one in compare(tmp_path / "two", tmp_path / "both")}
+    assert (found["all"].images, found["all"].uneven) == (3, False)  # on the images they share every attack ran
+    text = report(tmp_path / "both").markdown.read_text(encoding="utf-8")
+    assert re.search(r"\| net \| 8 \|.* \(some without every attack; ", text)
+    assert re.search(r"\| deepfool \| .* \(3 images; ", text) and re.search(
+        r"\| gaussian-noise \| \S+ · \d+ % \(\d", text
+    )
+    runs.compare(tmp_path / "one", tmp_path / "both")
+    out, said = capsys.readouterr()
+    assert "all *" in out and "gaussian-noise-l2 *" not in out and "lack a row of some attack" in said

@@ -90,7 +90,7 @@ def compare(
         (
             one.model,
             one.norm,
-            one.attack,
+            one.attack + " *" * one.uneven,
             str(one.images),
             " → ".join(f"{value:.3g}" for value in one.medians),
             " → ".join(percent(share, 1) for share in one.accuracies),
@@ -101,3 +101,5 @@ def compare(
     ]
     columns = ("model", "norm", "attack", "images", "median", "accuracy", "nearer / farther", "p")
     table(columns, rows, right=columns[3:])
+    if any(one.uneven for one in found):
+        note("* some of these images lack a row of some attack in one of the runs")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from absynth.errors import InputError
 from absynth.evaluation.statistics import median
-from absynth.evaluation.summary import Cell, ModelSummary, summarize, within
+from absynth.evaluation.summary import ModelSummary, NormSummary, summarize, uneven, within
 
 
 @dataclass(frozen=True)
@@ -19,6 +18,7 @@ class Difference:
 
     ``nearer`` and ``farther`` count the images whose adversarial is nearer, or farther, in the second. ``p_value`` is
     that of the two-sided sign test on these: the probability of a split this uneven if neither were nearer in truth.
+    ``uneven``: some of the images lack a usable row of some attack in one of the two; of ``all`` only.
     """
 
     model: str
@@ -29,6 +29,7 @@ class Difference:
     accuracies: tuple[float, float]
     nearer: int
     farther: int
+    uneven: bool = False
 
     @property
     def p_value(self) -> float:
@@ -58,7 +59,7 @@ def compare(first: str | Path, second: str | Path) -> tuple[Difference, ...]:
         name = left.name if left.name == right.name else f"{left.name} | {right.name}"
         for norm in left.norms:
             if norm in right.norms:
-                found += _cells(name, norm, _named(left, norm), _named(right, norm))
+                found += _cells(name, left.norms[norm], right.norms[norm], norm)
     if not found:
         raise InputError(f"{first} and {second} share no model, norm and image: nothing to compare")
     return tuple(found)
@@ -80,18 +81,16 @@ def _counterparts(
     return [other for other in found if other.name == model.name] or found
 
 
-def _named(model: ModelSummary, norm: str) -> dict[str, Cell]:
-    return {"all": model.norms[norm].all, **model.norms[norm].attacks}
-
-
-def _cells(model: str, norm: str, left: Mapping[str, Cell], right: Mapping[str, Cell]) -> list[Difference]:
+def _cells(model: str, one: NormSummary, two: NormSummary, norm: str) -> list[Difference]:
     found = []
-    for attack, cell in left.items():
+    right = {"all": two.all, **two.attacks}
+    for attack, cell in {"all": one.all, **one.attacks}.items():
         if attack not in right:
             continue
-        pairs = [(d, right[attack].distances[i]) for i, d in cell.distances.items() if i in right[attack].distances]
-        if not pairs:
+        shared = [image for image in cell.distances if image in right[attack].distances]
+        if not shared:
             continue
+        pairs = [(cell.distances[image], right[attack].distances[image]) for image in shared]
         sides = [[pair[side] for pair in pairs] for side in (0, 1)]
         alive = [sum(not within(d, cell.threshold) for d in side) / len(pairs) for side in sides]
         found.append(
@@ -104,6 +103,7 @@ def _cells(model: str, norm: str, left: Mapping[str, Cell], right: Mapping[str, 
                 (alive[0], alive[1]),
                 nearer=sum(b < a for a, b in pairs),
                 farther=sum(b > a for a, b in pairs),
+                uneven=attack == "all" and uneven(shared, (*one.attacks.values(), *two.attacks.values())),
             )
         )
     return found

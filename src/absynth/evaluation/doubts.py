@@ -23,7 +23,7 @@ from absynth.evaluation.jobs import run_job
 from absynth.evaluation.judge import device_of, judge
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import Job, Plan, row_seed
-from absynth.evaluation.rows import AttackRecord, Doubt, Row
+from absynth.evaluation.rows import AttackRecord, CleanRow, Doubt, Row
 from absynth.evaluation.statistics import median, short
 from absynth.norms import Norm
 
@@ -303,6 +303,13 @@ def _error_doubts(model: str, rows: Sequence[Row], attacks: Mapping[str, AttackR
     for key, errors in failed.items():
         name = attacks[key].name if key in attacks else key
         yield Doubt(model, "errors", name, f"{len(errors)} images left out of its numbers: {errors[0].message}")
+
+
+def clean_doubts(model: str, clean: Sequence[CleanRow]) -> list[Doubt]:
+    """Images that the model gave no usable answer for."""
+    silent = [row for row in clean if row.logits is None]
+    of = f"{len(silent)} of {len(clean)} images got no usable answer and are left out of all numbers"
+    return [Doubt(model, "unanswered", "model", f"{of}: {silent[0].message}")] if silent else []
 
 
 def _undefined(model: str, rows: Sequence[Row], attacks: Mapping[str, AttackRecord]) -> Iterator[Doubt]:

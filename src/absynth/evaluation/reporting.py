@@ -106,7 +106,7 @@ def render_html(
     contents += [("distal", "Distal images")] if distal_figures else []
     contents += [("certificates", "Certificates")] if certificates else []
     contents += [("wins", "Wins"), ("cost", "Cost"), ("method", "Method")] if summary.models else []
-    counts = [len(model.clean) for model in summary.models]
+    counts = [len(model.clean) + model.unanswered for model in summary.models]
     data = f"{summary.facts.get('data', 'data')}, {summary.facts.get('split', '')} split"
     total = len(summary.models)
     lead = f"{total} model{'s' * (total != 1)}, {_range(counts)} images each of {data}, attacked in {_listed(norms)}."

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from absynth.errors import InputError, unknown_name
-from absynth.evaluation.doubts import ledger_doubts
+from absynth.evaluation.doubts import clean_doubts, ledger_doubts
 from absynth.evaluation.folders import ledger_folders
 from absynth.evaluation.ledger import Ledger, nothing_in
 from absynth.evaluation.names import named_apart
@@ -30,7 +30,8 @@ EQUAL = 1e-6
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the table. ``distances`` by image index; errors are left out and counted.
+    """One cell of the table. ``distances`` by image index; ``errors`` counts the images left out, on which nothing but
+    errors came of it.
 
     ``accuracy`` is the share of images whose distance exceeds ``threshold``. ``forward``, ``backward`` (queries) and
     ``seconds`` are means over the images an attack was spent on; ``wins`` is on how many images the attack was the
@@ -99,21 +100,28 @@ class NormSummary:
     all: Cell
     attacks: Mapping[str, Cell]
 
+    @property
+    def uneven(self) -> bool:
+        """Whether some of its images lack a usable row of some of the attacks, and are the less surely broken."""
+        return uneven(self.all.distances, self.attacks.values())
+
     def to_json(self) -> dict[str, Any]:
         """The cell of all attacks, with those of each below ``attacks``."""
         attacks = {name: {**cell.to_json(), "wins": cell.wins} for name, cell in self.attacks.items()}
-        return {**self.all.to_json(), "attacks": attacks}
+        return {**self.all.to_json(), "uneven": self.uneven, "attacks": attacks}
 
 
 @dataclass(frozen=True)
 class ModelSummary:
     """Everything the ledger says about one model.
 
-    ``union`` holds the images that no adversarial of any attack breaks within the balls of L0, L2 and L∞ at their
-    thresholds; each adversarial counts in every ball it lies in, not only in its own norm's. None without rows in all
-    three. ``nearest`` is the row of each image's nearest adversarial, by norm. ``probed``: whether the questions of
-    ``absynth.evaluation.doubts`` were put to the model; without them no doubt means little. ``stored_name`` is what the
-    ledger in ``folder`` calls the model; ``name`` says in which folder where several are called so.
+    ``clean`` says of the images that it answered whether rightly; the others, ``unanswered`` many, are left out of all
+    numbers. ``union`` holds the images that no adversarial of any attack breaks within the balls of L0, L2 and L∞ at
+    their thresholds; each adversarial counts in every ball it lies in, not only in its own norm's. None without rows in
+    all three; ``union_errors`` are left out of it as nothing but errors came of one of the norms. ``nearest`` is the
+    row of each image's nearest adversarial, by norm. ``probed``: whether the questions of ``absynth.evaluation.doubts``
+    were put to the model; without them no doubt means little. ``stored_name`` is what the ledger in ``folder`` calls
+    the model; ``name`` says in which folder where several are called so.
     """
 
     name: str
@@ -126,13 +134,21 @@ class ModelSummary:
     doubts: tuple[Doubt, ...] = ()
     probed: bool = True
     labels: Mapping[int, int] = field(default_factory=dict)
+    unanswered: int = 0
+    union_errors: int = 0
     stored_name: str = ""
     folder: Path = Path()
 
     @property
     def clean_accuracy(self) -> float:
-        """Share of images classified correctly, in [0,1]."""
+        """Share of the answered images classified correctly, in [0,1]; NaN where there is none."""
         return sum(self.clean.values()) / len(self.clean) if self.clean else math.nan
+
+    @property
+    def union_uneven(self) -> bool:
+        """Whether some images of the union lack a usable row of some attack."""
+        cells = [cell for norm in UNION if norm in self.norms for cell in self.norms[norm].attacks.values()]
+        return uneven(self.union or (), cells)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values only."""
@@ -143,6 +159,8 @@ class ModelSummary:
                 "accuracy": _plain(survivors / len(self.union)) if self.union else None,
                 "accuracy_interval": list(wilson_interval(survivors, len(self.union))),
                 "images": len(self.union),
+                "errors": self.union_errors,
+                "uneven": self.union_uneven,
                 "thresholds": {norm: THRESHOLDS[norm] for norm in UNION},
             }
         return {
@@ -150,6 +168,7 @@ class ModelSummary:
             "clean_accuracy": _plain(self.clean_accuracy),
             "clean_accuracy_interval": list(wilson_interval(sum(self.clean.values()), len(self.clean))),
             "images": len(self.clean),
+            "unanswered": self.unanswered,
             **{norm: summary.to_json() for norm, summary in self.norms.items()},
             "union": union,
             "warnings": [{"code": d.code, "subject": d.subject, "message": d.message} for d in self.doubts],
@@ -173,6 +192,12 @@ class Summary:
         """``{"models": {name: {"clean_accuracy", "l2": {"median", "accuracy", "threshold", "images",
         "attacks"}}}}``."""
         return {**self.facts, "models": {model.name: model.to_json() for model in self.models}}
+
+
+def uneven(images: Iterable[int], cells: Iterable[Cell]) -> bool:
+    """Whether one of the cells lacks one of the images."""
+    wanted = set(images)
+    return any(not wanted <= cell.distances.keys() for cell in cells)
 
 
 def within(distance: float, threshold: float) -> bool:
@@ -226,7 +251,7 @@ def _read(folder: Path) -> Summary:
                     f"{ledger.path} is damaged (it has rows of {unknown}, which its table attacks lacks): restore it "
                     "from a copy, or move it away and run again"
                 )
-            doubts = (*ledger.doubts(record.digest), *ledger_doubts(record.digest, rows, attacks))
+            seen = (*clean_doubts(record.digest, clean), *ledger_doubts(record.digest, rows, attacks))
             model = summarize_model(
                 record.name,
                 record.digest,
@@ -235,7 +260,7 @@ def _read(folder: Path) -> Summary:
                 attacks,
                 images,
                 ledger.certificates(record.digest),
-                doubts,
+                (*ledger.doubts(record.digest), *seen),
                 bool(ledger.probes(record.digest)),
             )
             models.append(replace(model, folder=folder))
@@ -260,12 +285,18 @@ def summarize_model(
         by_norm[row.norm].append(row)
     labels = {row.image: row.label for row in rows} | {row.image: row.label for row in answers}
     norms = {norm: _norm_summary(norm, by_norm[norm], attacks) for norm in NORMS if by_norm[norm]}
+    union, attacked = None, set[int]()
+    if set(UNION) <= set(norms):
+        union = survivors(rows, images, {norm: THRESHOLDS[norm] for norm in UNION})
+        attacked = set.intersection(*({row.image for row in by_norm[norm]} for norm in UNION))
     return ModelSummary(
         name=name,
         digest=digest,
-        clean={row.image: row.logits is not None and not row.broken for row in answers},
+        clean={row.image: not row.broken for row in answers if row.logits is not None},
+        unanswered=sum(row.logits is None for row in answers),
         norms=norms,
-        union=survivors(rows, images, {norm: THRESHOLDS[norm] for norm in UNION}) if set(UNION) <= set(norms) else None,
+        union=union,
+        union_errors=len(attacked - (union or {}).keys()),
         nearest={norm: _nearest(by_norm[norm]) for norm in norms},
         certificates=tuple(certificates),
         doubts=tuple(doubts),
@@ -307,10 +338,11 @@ def _norm_summary(norm: str, rows: list[Row], attacks: Mapping[str, AttackRecord
 def _cell(norm: str, rows: list[Row], wins: float = 0.0, knowledge: str = "") -> Cell:
     spent = [row for row in rows if row.status in ("found", "failed")]
     count = max(1, len({row.image for row in spent}))
+    distances = _smallest(rows)
     return Cell(
-        distances=_smallest(rows),
+        distances=distances,
         threshold=THRESHOLDS[norm],
-        errors=sum(row.status == "error" for row in rows),
+        errors=len({row.image for row in rows} - distances.keys()),
         forward=sum(row.forward for row in spent) / count,
         backward=sum(row.backward for row in spent) / count,
         seconds=sum(row.seconds for row in spent) / count,

@@ -20,11 +20,13 @@ NORM_TITLES = {"l0": "L0", "l1": "L1", "l2": "L2", "linf": "L∞"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of a table: the value, its interval below it, the published value below that; each may be empty."""
+    """A cell of a table: the value; below it on which images, where it needs to be said, its interval, and the
+    published value; each may be empty."""
 
     value: str = "–"
     interval: str = ""
     published: str = ""
+    images: str = ""
 
 
 def norms_of(summary: Summary) -> list[str]:
@@ -48,19 +50,32 @@ def overview(model: ModelSummary, norms: Sequence[str]) -> dict[str, Any]:
     right, count = sum(model.clean.values()), len(model.clean)
     published = paper.published_clean(model.stored_name)
     clean = Entry(
-        percent(model.clean_accuracy, 1),
-        _percents(wilson_interval(right, count)),
+        percent(model.clean_accuracy, 1) if count else "error" if model.unanswered else "–",
+        _percents(wilson_interval(right, count)) if count else "",
         "" if published is None else percent(published, 1),
+        f"{count} of {count + model.unanswered} images answered" if model.unanswered else "",
     )
-    union = Entry()
-    if model.union:
-        alive = sum(model.union.values())
-        union = Entry(percent(alive / len(model.union)), _percents(wilson_interval(alive, len(model.union))))
     cells = [
-        _entry(model.norms[norm].all, paper.published(model.stored_name, norm)) if norm in model.norms else Entry()
+        _entry(found.all, count, paper.published(model.stored_name, norm), found.uneven)
+        if (found := model.norms.get(norm))
+        else Entry()
         for norm in norms
     ]
-    return {"model": figures.title(model), "images": count, "clean": clean, "norms": cells, "union": union}
+    return {"model": figures.title(model), "images": count, "clean": clean, "norms": cells, "union": _union(model)}
+
+
+def _union(model: ModelSummary) -> Entry:
+    if not model.union:
+        return Entry("error") if model.union_errors else Entry()
+    alive, count = sum(model.union.values()), len(model.union)
+    interval = _percents(wilson_interval(alive, count))
+    return Entry(percent(alive / count), interval, images=_on(count, len(model.clean), model.union_uneven))
+
+
+def _on(images: int, expected: int, is_uneven: bool = False) -> str:
+    """On which images, where these are not those of the clean accuracy, or not all had every attack."""
+    count = f"{images} image{'s' * (images != 1)}" if images != expected else ""
+    return ", ".join(filter(None, (count, "some without every attack" if is_uneven else "")))
 
 
 def attack_table(summary: Summary, norm: str) -> dict[str, Any]:
@@ -75,10 +90,10 @@ def attack_table(summary: Summary, norm: str) -> dict[str, Any]:
             cells.append(
                 Entry(published="" if published is None else _published(published))
                 if cell is None
-                else _entry(cell, published)
+                else _entry(cell, len(model.clean), published)
             )
         rows.append({"attack": _attack_name(attack, norm), "cells": cells, "total": False})
-    total = [_entry(model.norms[norm].all, paper.published(model.stored_name, norm)) for model in models]
+    total = [overview(model, [norm])["norms"][0] for model in models]
     if len(rows) != 1:  # of one attack it would be the same line again
         rows.append({"attack": "all attacks", "cells": total, "total": True})
     threshold = f"{NORM_TITLES[norm]} {THRESHOLDS[norm]:g}"
@@ -90,13 +105,15 @@ def attack_table(summary: Summary, norm: str) -> dict[str, Any]:
     }
 
 
-def _entry(cell: Cell, published: paper.Published | None) -> Entry:
+def _entry(cell: Cell, expected: int, published: paper.Published | None, is_uneven: bool = False) -> Entry:
+    """``expected``: on how many images the clean accuracy was taken."""
     if not cell.images:
         return Entry("error")
     value = f"{number(cell.median)} · {percent(cell.accuracy)}"
     low, high = cell.median_interval
     interval = f"{number(low)}–{number(high)} · {_percents(cell.accuracy_interval)}"
-    return Entry(value, interval, "" if published is None else _published(published))
+    on = _on(cell.images, expected, is_uneven)
+    return Entry(value, interval, "" if published is None else _published(published), on)
 
 
 def _published(cell: paper.Published) -> str:
@@ -181,8 +198,8 @@ def _percents(interval: Interval) -> str:
 def cell_html(entry: Entry) -> Markup:
     """An entry as HTML."""
     parts = [escape(entry.value)]
-    if entry.interval:
-        parts.append(Markup('<span class="range">{}</span>').format(entry.interval))
+    for text in filter(None, (entry.images, entry.interval)):
+        parts.append(Markup('<span class="range">{}</span>').format(text))
     if entry.published:
         parts.append(Markup('<span class="paper">{}</span>').format(entry.published))
     return Markup("").join(parts)
@@ -190,8 +207,8 @@ def cell_html(entry: Entry) -> Markup:
 
 def cell_text(entry: Entry) -> str:
     """An entry on one line."""
-    interval = f" ({entry.interval})" if entry.interval else ""
-    return f"{entry.value}{interval}" + (f" [{entry.published}]" if entry.published else "")
+    below = "; ".join(filter(None, (entry.images, entry.interval)))
+    return entry.value + f" ({below})" * bool(below) + (f" [{entry.published}]" if entry.published else "")
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
