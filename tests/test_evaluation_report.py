@@ -8,6 +8,9 @@ import io
 import json
 import math
 import re
+import sqlite3
+from contextlib import closing
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -20,11 +23,24 @@ from torch import Tensor
 import evaluation_models as models
 from absynth.attacks.binary import Thresholded
 from absynth.attacks.boundary_projection import BoundaryProjection
+from absynth.attacks.catalog import ATTACKS
 from absynth.attacks.gradient import DeepFool
+from absynth.data import digest
 from absynth.errors import InputError
 from absynth.evaluation import Certificate, Ledger, distal, evaluate, load_distal, report, save_distal, summarize
-from absynth.evaluation.figures import adversarials, curve, to_png, to_svg
-from absynth.evaluation.paper import MODELS, paper_attacks, published, published_clean, published_curve
+from absynth.evaluation.doubts import with_half_steps
+from absynth.evaluation.figures import accuracy_curves, adversarials, curve, to_png, to_svg
+from absynth.evaluation.ledger import FILE_NAME
+from absynth.evaluation.paper import (
+    DATA_DIGEST,
+    MODELS,
+    is_papers_data,
+    paper_attacks,
+    published,
+    published_clean,
+    published_curve,
+)
+from absynth.evaluation.probed import unprobed
 from absynth.evaluation.rows import AttackRecord, Row
 from absynth.evaluation.summary import Summary, summarize_model
 from absynth.evaluation.tables import cost, markdown_table, number, percent
@@ -61,6 +77,9 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = models.labeled(net)
     evaluate(net, data, suite=SUITE, images=8, out=folder / "abs", name="abs", probe=False)
     evaluate(other, data, suite=SUITE[1:], images=8, out=folder / "own", name="my <model> & co", probe=False)
+    for run in ("abs", "own"):  # as if of MNIST's test split: the paper has no figures for other data
+        with closing(sqlite3.connect(folder / run / FILE_NAME)) as connection, connection:
+            connection.execute("UPDATE meta SET value = ? WHERE key = 'data_digest'", (DATA_DIGEST,))
     model = summarize(folder)["abs"]
     with Ledger(folder / "abs", write=True) as ledger:
         radii = [0.5 * d for d in model.norms["l2"].all.distances.values()]
@@ -103,7 +122,10 @@ def test_the_csv_has_the_raw_numbers(reported: Path) -> None:
     assert float(row["median"]) == cell.median and float(row["accuracy"]) == cell.accuracy
     assert (row["paper_median"], row["paper_accuracy"], row["threshold"]) == ("2.24", "0.8", "1.5")
     assert {row["attack"] for row in rows if row["norm"] == "union"} == {"all"}
-    assert len(rows) == 4 + 3 + 3 + 3 + 2  # attacks, all of a norm, unions
+    assert len(rows) == 4 + 3 + 3 + 3 + 2 + 1  # attacks, all of a norm, unions, the certificate
+    (certificate,) = [row for row in rows if row["certificate"]]
+    assert (certificate["norm"], certificate["attack"], certificate["kind"]) == ("l2", "", "exact")
+    assert float(certificate["median"]) == pytest.approx(cell.median / 2) and certificate["images"] == "8"
 
 
 def test_the_markdown_has_the_tables(reported: Path) -> None:
@@ -112,6 +134,7 @@ def test_the_markdown_has_the_tables(reported: Path) -> None:
     assert f"{number(cell.median)} · {percent(cell.accuracy)}" in text
     assert "| all attacks |" in text and "[2.24 · 80 %]" in text and "## Warnings" in text
     assert "Not looked for: ABS, my <model> & co. `absynth evaluate`" in text  # no probes in these runs
+    assert "None of what was tried" not in text and "| ABS | L2 | half | exact | 8 |" in text
 
 
 def test_reports_go_where_they_are_sent(reported: Path, tmp_path: Path) -> None:
@@ -174,8 +197,6 @@ def test_published_figures() -> None:
 
 
 def test_figures_have_the_color_of_the_page(reported: Path) -> None:
-    from absynth.evaluation.figures import accuracy_curves
-
     svg = to_svg(accuracy_curves(summarize(reported).models, "l2"), "curves")
     assert svg.startswith('<svg role="img" aria-label="curves"') and "currentColor" in svg and "#0a0b0c" not in svg
     assert svg == to_svg(accuracy_curves(summarize(reported).models, "l2"), "curves")
@@ -303,3 +324,67 @@ def test_no_warning_is_about_what_was_tried_and_says_so(tmp_path: Path) -> None:
     files = report(tmp_path)
     for file in (files.html, files.markdown):
         assert "None of what was tried, attacks in L2:" in file.read_text(encoding="utf-8")
+
+
+def test_the_report_says_what_was_not_tried(tmp_path: Path) -> None:
+    model, data = Linear(), labeled(Linear())
+
+    def said() -> str:
+        return report(tmp_path).markdown.read_text(encoding="utf-8")
+
+    evaluate(model, data, suite="none", images=8, out=tmp_path, name="net")
+    assert "None of what was tried: gradients and answers gave no reason to mistrust the numbers.\n" in said()
+    attacks = [BoundaryProjection(L2), DeepFool(L2)]
+    evaluate(model, data, suite=attacks, norms=("l2",), images=8, out=tmp_path, name="net", probe=False)
+    kinds = [f"{kind} of boundary-projection-l2 and deepfool-l2" for kind in ("planted adversarials", "steps")]
+    assert f"Not looked for: net ({'; '.join(kinds)}). `absynth evaluate`" in said()
+    assert "attacks in L2: gradients and answers gave no reason" in said()
+    evaluate(model, data, suite=attacks[:1], norms=("l2",), images=8, out=tmp_path, name="net")
+    assert "Not looked for: net (planted adversarials of deepfool-l2; steps of deepfool-l2)" in said()
+    evaluate(model, data, suite=attacks, norms=("l2",), images=8, out=tmp_path, name="net")
+    assert "Not looked for" not in said()
+    assert "attacks in L2: gradients, answers, planted adversarials and steps gave no reason" in said()
+
+
+def test_the_questions_that_are_missing_are_those_that_an_evaluation_asks() -> None:
+    for attack in ATTACKS.values():
+        record = AttackRecord(repr(attack), attack.name, str(attack.norm), attack.knowledge, attack.kind)
+        expected = {"steps"} if with_half_steps(attack) is not None else set()
+        if attack.kind == "minimum" and attack.knowledge == "gradient":
+            expected |= {"planted"}
+        assert set(unprobed({("model", "")}, [record])) == expected
+
+
+def test_a_run_of_certificates_alone_has_a_report(tmp_path: Path) -> None:
+    evaluate(Linear(), labeled(Linear()), suite="none", images=8, out=tmp_path, name="net", probe=False)
+    with Ledger(tmp_path, write=True) as ledger:
+        name = ledger.models()[0].digest
+        ledger.add_certificates([Certificate(name, i, "l2", 0.5 * i, "half", "exact", 0) for i in range(8)])
+    files = report(tmp_path)
+    page, text = files.html.read_text(encoding="utf-8"), files.markdown.read_text(encoding="utf-8")
+    assert "| net | L2 | half | exact | 8 | 1.75 | 1.75 | 50 % (22–78 %) |" in text and "Warnings" not in text
+    assert "8 images each of tensors, all split, not attacked." in page and "Which attack won" not in page
+    (row,) = csv.DictReader(io.StringIO(files.csv.read_text(encoding="utf-8")))
+    assert (row["certificate"], row["kind"], row["accuracy"], row["mean_radius"]) == ("half", "exact", "0.5", "1.75")
+
+
+def test_the_papers_figures_are_for_its_data(tmp_path: Path) -> None:
+    evaluate(Linear(), labeled(Linear()), suite=[DeepFool(L2)], images=8, out=tmp_path, name="abs", probe=False)
+    files = report(tmp_path)
+    for file in (files.html, files.markdown):
+        assert "paper" not in re.sub("class=.paper|[.]paper", "", file.read_text(encoding="utf-8").split("<body>")[-1])
+    assert "2.24" not in files.markdown.read_text(encoding="utf-8")
+    assert next(csv.DictReader(io.StringIO(files.csv.read_text(encoding="utf-8"))))["paper_median"] == ""
+    one = summarize(tmp_path)["abs"]
+    papers = replace(one, paper_name="abs")
+    drawn = [["--" in line.get_linestyle() for line in accuracy_curves([m], "l2").axes[0].lines] for m in (one, papers)]
+    assert not any(drawn[0]) and any(drawn[1])
+    left_out = accuracy_curves([replace(papers, norms={}), one], "l2").axes[0].lines  # it was not attacked
+    assert not any("--" in line.get_linestyle() for line in left_out)
+    assert is_papers_data({"data": "mnist", "split": "test"}) and not is_papers_data(
+        {"data": "mnist", "split": "train"}
+    )
+
+
+def test_the_papers_data_are_known_by_their_digest(mnist_test: tuple[Tensor, Tensor]) -> None:
+    assert digest(*mnist_test) == DATA_DIGEST

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from absynth.evaluation.jobs import run_job
 from absynth.evaluation.judge import device_of, judge
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import Job, Plan, row_seed
+from absynth.evaluation.probed import FEWEST, innermost_steps
 from absynth.evaluation.rows import AttackRecord, CleanRow, Doubt, Row
 from absynth.evaluation.statistics import median, short
 from absynth.norms import Norm
@@ -247,7 +247,7 @@ def with_half_steps(attack: Attack) -> Attack | None:
         half = with_half_steps(inner)
         return None if half is None else _replaced(attack, attack=half)
     steps = getattr(attack, "steps", None)
-    if not isinstance(steps, int) or steps < 4:
+    if not isinstance(steps, int) or steps < FEWEST:
         return None
     return _replaced(attack, steps=steps // 2)
 
@@ -363,8 +363,7 @@ def _steps_pairs(
     """Attacks of the ledger that differ in nothing but their steps."""
     groups: dict[str, list[tuple[int, str]]] = defaultdict(list)
     for key in found:
-        if match := list(re.finditer(r"(?<![a-z_])steps=(\d+)", key)):
-            innermost = max(match, key=lambda m: key[: m.start()].count("(") - key[: m.start()].count(")"))
+        if innermost := innermost_steps(key):
             group = key[: innermost.start(1)] + "…" + key[innermost.end(1) :]
             groups[group].append((int(innermost.group(1)), key))
     for members in groups.values():

@@ -66,6 +66,7 @@ def accuracy_curves(models: Sequence[ModelSummary], norm: str) -> Figure:
     """Accuracy against distance, all attacks of ``norm``: ours solid, the paper's dashed, certified accuracy dotted."""
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.add_subplot()
+    is_published = False
     for model, color in zip(models, model_colors(models), strict=True):
         attacked = list(model.norms[norm].all.distances.values()) if norm in model.norms else []
         if attacked:
@@ -73,8 +74,8 @@ def accuracy_curves(models: Sequence[ModelSummary], norm: str) -> Figure:
             axes.step(distance, accuracy, where="post", color=color, label=title(model), linewidth=1.8)
         elif norm in model.norms:
             axes.plot([], [], color=color, label=f"{title(model)} (errors only)")
-        published = published_curve(model.stored_name, norm)
-        if published is not None and color not in OTHER_COLORS:  # once, where several models have the name
+        if (published := _published(model, norm)) is not None and color not in OTHER_COLORS:  # once a name
+            is_published = True
             axes.plot(published[0], 100 * np.array(published[1]), "--", color=color, linewidth=1.0, alpha=0.8)
         if radii := certified_radii(model, norm):
             # under the attacks' curve belong the same images: others may be easier
@@ -85,13 +86,18 @@ def accuracy_curves(models: Sequence[ModelSummary], norm: str) -> Figure:
     axes.axvline(THRESHOLDS[norm], color=_INK, linewidth=0.8, alpha=0.5)
     axes.set(xlabel=f"{LABELS[norm]} distance", ylabel="accuracy (%)", xlim=(0, WIDEST[norm]), ylim=(0, 101))
     _plain_axes(axes)
-    if any(published_curve(model.stored_name, norm) is not None for model in models):
+    if is_published:
         axes.plot([], [], "--", color=_INK, linewidth=1.0, alpha=0.8, label="published")
     if any(certified_radii(model, norm) for model in models):
         axes.plot([], [], ":", color=_INK, linewidth=1.6, label="certified")
     legend = axes.legend(frameon=False, fontsize=8, loc="upper right", labelcolor=_INK)
     legend.set_zorder(5)
     return figure
+
+
+def _published(model: ModelSummary, norm: str) -> tuple[list[float], list[float]] | None:
+    """The paper's curve of a model that was attacked in the norm, on the paper's data."""
+    return published_curve(model.paper_name, norm) if norm in model.norms else None
 
 
 def curve(distances: Sequence[float], widest: float) -> tuple[np.ndarray, np.ndarray]:

@@ -35,6 +35,8 @@ NAMES: Mapping[str, str] = {
     "smoothed-cnn": "Smoothed CNN",
     "transfer-cnn": "Transfer CNN",
 }
+#: Of the images and labels of MNIST's test split, which the paper's figures are about.
+DATA_DIGEST = "a429566e135d22d54e91a259f924a0d512abe8696339fbde0fed9674c177d6c7"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ class Published:
 
     median: float
     accuracy: float
+
+
+def is_papers_data(facts: Mapping[str, str]) -> bool:
+    """Whether a ledger with these facts is about the images that the paper's figures are about."""
+    return facts.get("data_digest") == DATA_DIGEST or (facts.get("data"), facts.get("split")) == ("mnist", "test")
 
 
 def published(model: str, norm: str, attack: str | None = None) -> Published | None:

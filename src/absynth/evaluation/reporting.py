@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,18 @@ from absynth.evaluation import figures, paper
 from absynth.evaluation.distal import Distal, load_distal
 from absynth.evaluation.folders import holds_evaluation, ledger_folders
 from absynth.evaluation.ledger import Ledger
-from absynth.evaluation.statistics import wilson_interval
-from absynth.evaluation.summary import THRESHOLDS, Summary, summarize
+from absynth.evaluation.probed import KINDS
+from absynth.evaluation.statistics import Interval, median, median_interval, wilson_interval
+from absynth.evaluation.summary import THRESHOLDS, ModelSummary, Summary, summarize
 from absynth.evaluation.tables import (
     NORM_TITLES,
     attack_table,
+    beside_paper,
     cell_html,
     cell_text,
     certificate_rows,
+    certified_at,
+    certified_radii,
     cost,
     markdown_table,
     norms_of,
@@ -35,10 +39,13 @@ from absynth.evaluation.tables import (
     wins,
 )
 
-#: Under "Warnings" where there is none. It is about what was tried, no more.
-NO_WARNING = (
-    "None of what was tried, attacks in {attacked}: gradients, answers, planted adversarials and steps gave no reason "
-    "to mistrust the numbers. What other attacks would find they do not say."
+NAMED = 4  # attacks that are named where they were not put to the test
+
+#: The columns of a CSV file. A line about certificates has a method under ``certificate``, and radii for distances.
+COLUMNS = (
+    *("model", "norm", "attack", "images", "errors", "median", "median_low", "median_high"),
+    *("threshold", "accuracy", "accuracy_low", "accuracy_high", "wins", "forward", "backward", "seconds"),
+    *("paper_median", "paper_accuracy", "uneven", "certificate", "kind", "mean_radius"),
 )
 
 
@@ -92,38 +99,35 @@ def render_html(
     certificates = list(certificate_rows(summary))
     pictures = list(_pictures(summary, norms, images))
     distal_figures = [_embedded(figures.distal_figure(found)) for found in distal]
-    contents = (
-        [
-            ("overview", "At a glance"),
-            ("warnings", "Warnings"),
-            ("curves", "Curves"),
-            ("attacks", "Every attack"),
-        ]
-        if summary.models
-        else []
-    )
-    contents += [("adversarials", "Adversarials")] if pictures else []
-    contents += [("distal", "Distal images")] if distal_figures else []
-    contents += [("certificates", "Certificates")] if certificates else []
-    contents += [("wins", "Wins"), ("cost", "Cost"), ("method", "Method")] if summary.models else []
+    doubted = _warnings(summary)
+    sections = {
+        ("overview", "At a glance"): summary.models,
+        ("warnings", "Warnings"): any(doubted.values()),
+        ("curves", "Curves"): norms,
+        ("attacks", "Every attack"): norms,
+        ("adversarials", "Adversarials"): pictures,
+        ("distal", "Distal images"): distal_figures,
+        ("certificates", "Certificates"): certificates,
+        ("wins", "Wins"): norms,
+        ("cost", "Cost"): norms,
+        ("method", "Method"): summary.models,
+    }
     counts = [len(model.clean) + model.unanswered for model in summary.models]
     data = f"{summary.facts.get('data', 'data')}, {summary.facts.get('split', '')} split"
-    total = len(summary.models)
-    lead = f"{total} model{'s' * (total != 1)}, {_range(counts)} images each of {data}, attacked in {_listed(norms)}."
+    total, attacked = len(summary.models), f"attacked in {_listed_norms(norms)}" if norms else "not attacked"
+    lead = f"{total} model{'s' * (total != 1)}, {_range(counts)} images each of {data}, {attacked}."
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("absynth.evaluation"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("report.html").render(
         title="Evaluation report",
         lead=lead if summary.models else "Distal images alone: nothing was attacked.",
-        contents=contents,
+        contents=[section for section, content in sections.items() if content],
         cell=cell_html,
         norms=[{"title": NORM_TITLES[norm]} for norm in norms],
         thresholds=", ".join(f"{NORM_TITLES[norm]} {THRESHOLDS[norm]:g}" for norm in norms),
         overview=[overview(model, norms) for model in summary.models],
-        warnings=[(figures.title(model), model.doubts) for model in summary.models if model.doubts],
-        unasked=_unasked(summary),
-        no_warning=NO_WARNING.format(attacked=_listed(norms)),
+        **doubted,
         curves=[_curves(summary, norm) for norm in norms],
         tables=[attack_table(summary, norm) for norm in norms],
         pictures=pictures,
@@ -134,40 +138,54 @@ def render_html(
         digests=[(figures.title(model), model.digest) for model in summary.models],
         facts=[(key.replace("_", " "), value) for key, value in summary.facts.items()],
         parameters=list((parameters or {}).items()),
-        source=paper.source(),
+        paper=f"Published figures: {paper.source()}." if beside_paper(summary) else "",
         version=__version__,
     )
 
 
 def render_csv(summary: Summary) -> str:
-    """One line a model, norm and attack (``all`` for all together), raw numbers; accuracies are shares."""
+    """One line a model, norm and attack (``all`` for all together), raw numbers; accuracies are shares. Then its union
+    and its certificates, a line a norm and method."""
     stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        [
-            *("model", "norm", "attack", "images", "errors", "median", "median_low", "median_high"),
-            *("threshold", "accuracy", "accuracy_low", "accuracy_high", "wins", "forward", "backward", "seconds"),
-            *("paper_median", "paper_accuracy"),
-        ]
-    )
+    writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
     for model in summary.models:
-        for norm, found in model.norms.items():
-            for attack, cell in (("all", found.all), *found.attacks.items()):
-                published = paper.published(model.stored_name, norm, None if attack == "all" else attack)
-                writer.writerow(
-                    [
-                        *(model.name, norm, attack, cell.images, cell.errors, cell.median, *cell.median_interval),
-                        *(cell.threshold, cell.accuracy, *cell.accuracy_interval),
-                        *(cell.wins, cell.forward, cell.backward, cell.seconds),
-                        *(("", "") if published is None else (published.median, published.accuracy)),
-                    ]
-                )
-        if model.union is not None:
-            alive, count = sum(model.union.values()), len(model.union)
-            share = alive / count if count else math.nan
-            numbers = (share, *wilson_interval(alive, count))
-            writer.writerow([model.name, "union", "all", count, 0, "", "", "", "", *numbers, *[""] * 6])
+        for line in (*_csv_attacks(model), *_csv_union(model), *_csv_certificates(model)):
+            writer.writerow({"model": model.name, **line})
     return stream.getvalue()
+
+
+def _csv_attacks(model: ModelSummary) -> Iterator[dict[str, Any]]:
+    for norm, found in model.norms.items():
+        for attack, cell in (("all", found.all), *found.attacks.items()):
+            line = {"norm": norm, "attack": attack, "images": cell.images, "errors": cell.errors, "wins": cell.wins}
+            line |= {"median": cell.median, "threshold": cell.threshold, "accuracy": cell.accuracy}
+            line |= {"forward": cell.forward, "backward": cell.backward, "seconds": cell.seconds}
+            line |= _ends("median", cell.median_interval) | _ends("accuracy", cell.accuracy_interval)
+            published = paper.published(model.paper_name, norm, None if attack == "all" else attack)
+            if published is not None:
+                line |= {"paper_median": published.median, "paper_accuracy": published.accuracy}
+            yield {**line, "uneven": int(found.uneven)} if attack == "all" else line
+
+
+def _csv_union(model: ModelSummary) -> Iterator[dict[str, Any]]:
+    if model.union is not None:
+        alive, count = sum(model.union.values()), len(model.union)
+        line = {"norm": "union", "attack": "all", "images": count, "errors": model.union_errors}
+        line |= {"accuracy": alive / count if count else math.nan, "uneven": int(model.union_uneven)}
+        yield line | _ends("accuracy", wilson_interval(alive, count))
+
+
+def _csv_certificates(model: ModelSummary) -> Iterator[dict[str, Any]]:
+    for (norm, method, kind), radii in certified_radii(model).items():
+        certified, count = certified_at(norm, radii), len(radii)
+        line = {"norm": norm, "certificate": method, "kind": kind, "images": count, "mean_radius": sum(radii) / count}
+        line |= {"median": median(radii), "threshold": THRESHOLDS[norm], "accuracy": certified / count}
+        yield line | _ends("median", median_interval(radii)) | _ends("accuracy", wilson_interval(certified, count))
+
+
+def _ends(name: str, interval: Interval) -> dict[str, Any]:
+    return {f"{name}_low": interval[0], f"{name}_high": interval[1]}
 
 
 def render_markdown(summary: Summary, distal: Sequence[Mapping[str, Distal]] = ()) -> str:
@@ -204,29 +222,65 @@ def _markdown_attacks(summary: Summary) -> list[str]:
         cells = [view["clean"], *view["norms"], view["union"]]
         rows.append([view["model"], str(view["images"]), *(cell_text(cell) for cell in cells)])
     lines += markdown_table(head, rows)
-    lines += [
-        "",
-        "Median distance · accuracy at the threshold; 95 % intervals in parentheses; the paper's figures in brackets.",
-    ]
+    lines += (
+        []
+        if not norms
+        else [
+            "",
+            "Median distance · accuracy at the threshold; 95 % intervals in parentheses"
+            + ("; the paper's figures in brackets." if beside_paper(summary) else "."),
+        ]
+    )
     for norm in norms:
         table = attack_table(summary, norm)
         lines += ["", f"## {table['title']}", ""]
         body = [[row["attack"], *(cell_text(cell) for cell in row["cells"])] for row in table["rows"]]
         lines += markdown_table(["attack", *table["models"]], body)
-    doubts = [(figures.title(model), doubt) for model in summary.models for doubt in model.doubts]
-    lines += ["", "## Warnings"]
-    lines += ["", *(f"- {name}, {doubt.subject}: {doubt.message}" for name, doubt in doubts)] if doubts else []
-    unasked = _unasked(summary)
-    if unasked:
-        lines += ["", f"Not looked for: {unasked}. `absynth evaluate` looks for them."]
-    elif not doubts:
-        lines += ["", NO_WARNING.format(attacked=_listed(norms))]
+    doubted = _warnings(summary)
+    if any(doubted.values()):
+        lines += ["", "## Warnings", ""]
+        lines += [
+            f"- {name}, {doubt.subject}: {doubt.message}" for name, found in doubted["warnings"] for doubt in found
+        ]
+        lines += ["", doubted["no_warning"]] if doubted["no_warning"] else []
+        unasked = f"Not looked for: {doubted['unasked']}. `absynth evaluate` looks for them."
+        lines += ["", unasked] if doubted["unasked"] else []
+    if certificates := list(certificate_rows(summary)):
+        head = ["model", "norm", "method", "kind", "images", "mean radius", "median radius"]
+        body = [list(map(str, row.values())) for row in certificates]
+        lines += ["", "## Certificates", ""]
+        lines += markdown_table([*head, "accuracy certified at the threshold"], body)
     return lines
 
 
-def _unasked(summary: Summary) -> str:
-    """The models that the evaluation did not put its questions to, attacked ones only."""
-    return ", ".join(figures.title(model) for model in summary.models if model.norms and not model.probed)
+def _warnings(summary: Summary) -> dict[str, Any]:
+    """What stands under "Warnings": doubts by model, what was looked for where there is none, and what was not."""
+    warnings = [(figures.title(model), model.doubts) for model in summary.models if model.doubts]
+    tried = [kind for kind in KINDS if any(kind in model.probes for model in summary.models)]
+    return {
+        "warnings": warnings,
+        "no_warning": _no_warning(tried, norms_of(summary)) if tried and not warnings else "",
+        "unasked": ", ".join(_unasked(model) for model in summary.models if model.unprobed),
+    }
+
+
+def _no_warning(tried: Sequence[str], norms: Sequence[str]) -> str:
+    """It is about what was tried, no more."""
+    kinds = _listed([name for kind in tried for name in KINDS[kind]])
+    attacks = f", attacks in {_listed_norms(norms)}" if norms else ""
+    others = " What other attacks would find they do not say." if norms else ""
+    return f"None of what was tried{attacks}: {kinds} gave no reason to mistrust the numbers.{others}"
+
+
+def _unasked(model: ModelSummary) -> str:
+    """An attacked model that the evaluation did not put its questions to, and which, where it put some."""
+    if not model.probes:
+        return figures.title(model)
+    kinds = []
+    for kind, attacks in model.unprobed.items():
+        named = [*attacks[:NAMED], *([f"{len(attacks) - NAMED} more"] if len(attacks) > NAMED else [])]
+        kinds.append(_listed(KINDS[kind]) + (f" of {_listed(named)}" if named else ""))
+    return f"{figures.title(model)} ({'; '.join(kinds)})"
 
 
 # Figures
@@ -235,7 +289,8 @@ def _unasked(summary: Summary) -> str:
 def _curves(summary: Summary, norm: str) -> dict[str, Any]:
     figure = figures.accuracy_curves(summary.models, norm)
     svg = figures.to_svg(figure, f"accuracy against {NORM_TITLES[norm]} distance")
-    caption = f"{NORM_TITLES[norm]}, all attacks. Dashed: the paper's curves. Vertical line: {THRESHOLDS[norm]:g}."
+    dashed = " Dashed: the paper's curves." if beside_paper(summary) else ""
+    caption = f"{NORM_TITLES[norm]}, all attacks.{dashed} Vertical line: {THRESHOLDS[norm]:g}."
     return {"svg": Markup(svg), "caption": caption}
 
 
@@ -298,6 +353,9 @@ def _range(counts: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _listed(norms: Sequence[str]) -> str:
-    names = [NORM_TITLES[norm] for norm in norms]
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names) or "no norm"
+def _listed_norms(norms: Sequence[str]) -> str:
+    return _listed([NORM_TITLES[norm] for norm in norms])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

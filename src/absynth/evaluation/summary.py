@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,84 +13,31 @@ from typing import Any
 import torch
 
 from absynth.errors import InputError, unknown_name
+from absynth.evaluation.cells import THRESHOLDS, UNION, Cell, plain, uneven, within
 from absynth.evaluation.doubts import clean_doubts, ledger_doubts
 from absynth.evaluation.folders import ledger_folders
 from absynth.evaluation.ledger import Ledger, nothing_in
 from absynth.evaluation.names import named_apart
+from absynth.evaluation.paper import is_papers_data
+from absynth.evaluation.probed import unprobed
 from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, Row
-from absynth.evaluation.statistics import Interval, median, median_interval, wilson_interval
+from absynth.evaluation.statistics import wilson_interval
 from absynth.norms import NORMS
 
-#: The paper's thresholds and MSD's for L1. An image whose distance equals the threshold counts as broken.
-THRESHOLDS: Mapping[str, float] = {"l0": 12.0, "l1": 10.0, "l2": 1.5, "linf": 0.3}
-UNION = ("l0", "l2", "linf")
-#: A distance this much (relatively) above a threshold equals it: 0.3 is no float32.
-EQUAL = 1e-6
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One cell of the table. ``distances`` by image index; ``errors`` counts the images left out, on which nothing but
-    errors came of it.
-
-    ``accuracy`` is the share of images whose distance exceeds ``threshold``. ``forward``, ``backward`` (queries) and
-    ``seconds`` are means over the images an attack was spent on; ``wins`` is on how many images the attack was the
-    nearest of all, ties shared.
-    """
-
-    distances: Mapping[int, float]
-    threshold: float
-    errors: int = 0
-    forward: float = 0.0
-    backward: float = 0.0
-    seconds: float = 0.0
-    wins: float = 0.0
-    knowledge: str = ""
-
-    @property
-    def images(self) -> int:
-        """How many images have a usable row."""
-        return len(self.distances)
-
-    @property
-    def median(self) -> float:
-        """Median distance; infinite when fewer than half of the images are broken."""
-        return median(list(self.distances.values()))
-
-    @property
-    def median_interval(self) -> Interval:
-        """95 % interval of the median."""
-        return median_interval(list(self.distances.values()))
-
-    @property
-    def survivors(self) -> int:
-        """Images farther from their adversarial than the threshold."""
-        return sum(not within(distance, self.threshold) for distance in self.distances.values())
-
-    @property
-    def accuracy(self) -> float:
-        """Share of survivors, in [0,1]; NaN without images."""
-        return self.survivors / self.images if self.images else math.nan
-
-    @property
-    def accuracy_interval(self) -> Interval:
-        """95 % interval (Wilson) of the accuracy."""
-        return wilson_interval(self.survivors, self.images)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values; infinite and undefined ones are None."""
-        return {
-            "median": _plain(self.median),
-            "accuracy": _plain(self.accuracy),
-            "threshold": self.threshold,
-            "images": self.images,
-            "median_interval": [_plain(value) for value in self.median_interval],
-            "accuracy_interval": list(self.accuracy_interval),
-            "errors": self.errors,
-            "forward_queries": self.forward,
-            "backward_queries": self.backward,
-            "seconds": self.seconds,
-        }
+__all__ = [
+    "THRESHOLDS",
+    "UNION",
+    "Cell",
+    "ModelSummary",
+    "NormSummary",
+    "Summary",
+    "attack_labels",
+    "summarize",
+    "summarize_model",
+    "survivors",
+    "uneven",
+    "within",
+]
 
 
 @dataclass(frozen=True)
@@ -119,9 +66,11 @@ class ModelSummary:
     numbers. ``union`` holds the images that no adversarial of any attack breaks within the balls of L0, L2 and L∞ at
     their thresholds; each adversarial counts in every ball it lies in, not only in its own norm's. None without rows in
     all three; ``union_errors`` are left out of it as nothing but errors came of one of the norms. ``nearest`` is the
-    row of each image's nearest adversarial, by norm. ``probed``: whether the questions of ``absynth.evaluation.doubts``
-    were put to the model; without them no doubt means little. ``stored_name`` is what the ledger in ``folder`` calls
-    the model; ``name`` says in which folder where several are called so.
+    row of each image's nearest adversarial, by norm. ``probes`` are the kinds of questions of
+    ``absynth.evaluation.doubts`` that were put to the model, ``unprobed`` those that were not, each with the attacks it
+    was not put to; without them no doubt means little. ``stored_name`` is what the ledger in ``folder`` calls the
+    model; ``name`` says in which folder where several are called so. ``paper_name`` is what the paper's figures for its
+    data go by, empty on other data.
     """
 
     name: str
@@ -132,11 +81,13 @@ class ModelSummary:
     nearest: Mapping[str, Mapping[int, Row]]
     certificates: tuple[Certificate, ...] = ()
     doubts: tuple[Doubt, ...] = ()
-    probed: bool = True
+    probes: frozenset[str] = frozenset()
+    unprobed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     labels: Mapping[int, int] = field(default_factory=dict)
     unanswered: int = 0
     union_errors: int = 0
     stored_name: str = ""
+    paper_name: str = ""
     folder: Path = Path()
 
     @property
@@ -156,7 +107,7 @@ class ModelSummary:
         if self.union is not None:
             survivors = sum(self.union.values())
             union = {
-                "accuracy": _plain(survivors / len(self.union)) if self.union else None,
+                "accuracy": plain(survivors / len(self.union)) if self.union else None,
                 "accuracy_interval": list(wilson_interval(survivors, len(self.union))),
                 "images": len(self.union),
                 "errors": self.union_errors,
@@ -165,7 +116,7 @@ class ModelSummary:
             }
         return {
             "digest": self.digest,
-            "clean_accuracy": _plain(self.clean_accuracy),
+            "clean_accuracy": plain(self.clean_accuracy),
             "clean_accuracy_interval": list(wilson_interval(sum(self.clean.values()), len(self.clean))),
             "images": len(self.clean),
             "unanswered": self.unanswered,
@@ -192,17 +143,6 @@ class Summary:
         """``{"models": {name: {"clean_accuracy", "l2": {"median", "accuracy", "threshold", "images",
         "attacks"}}}}``."""
         return {**self.facts, "models": {model.name: model.to_json() for model in self.models}}
-
-
-def uneven(images: Iterable[int], cells: Iterable[Cell]) -> bool:
-    """Whether one of the cells lacks one of the images."""
-    wanted = set(images)
-    return any(not wanted <= cell.distances.keys() for cell in cells)
-
-
-def within(distance: float, threshold: float) -> bool:
-    """Whether a distance is at most the threshold, up to the rounding of float32 images."""
-    return distance <= threshold * (1 + EQUAL)
 
 
 def summarize(*folders: str | Path) -> Summary:
@@ -239,7 +179,7 @@ def _about(run: Summary) -> str:
 def _read(folder: Path) -> Summary:
     """What one ledger says."""
     with Ledger(folder) as ledger:
-        attacks = ledger.attacks()
+        attacks, compared = ledger.attacks(), is_papers_data(ledger.facts())
         images = {index: image for index, (image, _) in ledger.images().items()}
         models = []
         for record in ledger.models():
@@ -261,9 +201,9 @@ def _read(folder: Path) -> Summary:
                 images,
                 ledger.certificates(record.digest),
                 (*ledger.doubts(record.digest), *seen),
-                bool(ledger.probes(record.digest)),
+                ledger.probes(record.digest),
             )
-            models.append(replace(model, folder=folder))
+            models.append(replace(model, folder=folder, paper_name=record.name if compared else ""))
         return Summary(tuple(models), ledger.facts())
 
 
@@ -276,7 +216,7 @@ def summarize_model(
     images: Mapping[int, torch.Tensor],
     certificates: Iterable[Certificate] = (),
     doubts: Iterable[Doubt] = (),
-    probed: bool = True,
+    probes: Collection[tuple[str, str]] = (),
 ) -> ModelSummary:
     """Sum up one model's rows. ``images`` are the clean images (C,H,W) by index."""
     answers, rows = list(clean), list(rows)
@@ -300,7 +240,8 @@ def summarize_model(
         nearest={norm: _nearest(by_norm[norm]) for norm in norms},
         certificates=tuple(certificates),
         doubts=tuple(doubts),
-        probed=probed,
+        probes=frozenset(probe for probe, _ in probes),
+        unprobed=unprobed(probes, [attacks[key] for key in dict.fromkeys(row.attack for row in rows)]),
         labels=labels,
         stored_name=name,
     )
@@ -386,7 +327,3 @@ def survivors(rows: Sequence[Row], images: Mapping[int, torch.Tensor], balls: Ma
         if broken:
             alive[row.image] = False
     return alive
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -16,6 +16,7 @@ from absynth.evaluation.summary import THRESHOLDS, Cell, ModelSummary, Summary
 #: The order of norms in a report.
 ORDER = ("l2", "linf", "l0", "l1")
 NORM_TITLES = {"l0": "L0", "l1": "L1", "l2": "L2", "linf": "L∞"}
+PAPER = "; italic, the paper's figures."
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ def norms_of(summary: Summary) -> list[str]:
     return [norm for norm in ORDER if any(norm in model.norms for model in summary.models)]
 
 
+def beside_paper(summary: Summary) -> bool:
+    """Whether the paper has figures for some of the models, on the same data."""
+    return any(model.paper_name in paper.MODELS for model in summary.models)
+
+
 def _attacks(models: Sequence[ModelSummary], norm: str) -> list[str]:
     """The attacks of the paper in its order, then the others by name."""
     present = {attack for model in models for attack in model.norms[norm].attacks}
@@ -48,7 +54,7 @@ def _attack_name(attack: str, norm: str) -> str:
 def overview(model: ModelSummary, norms: Sequence[str]) -> dict[str, Any]:
     """One row of the first table: clean accuracy, every norm with all attacks together, and the union of the balls."""
     right, count = sum(model.clean.values()), len(model.clean)
-    published = paper.published_clean(model.stored_name)
+    published = paper.published_clean(model.paper_name)
     clean = Entry(
         percent(model.clean_accuracy, 1) if count else "error" if model.unanswered else "–",
         _percents(wilson_interval(right, count)) if count else "",
@@ -56,7 +62,7 @@ def overview(model: ModelSummary, norms: Sequence[str]) -> dict[str, Any]:
         f"{count} of {count + model.unanswered} images answered" if model.unanswered else "",
     )
     cells = [
-        _entry(found.all, count, paper.published(model.stored_name, norm), found.uneven)
+        _entry(found.all, count, paper.published(model.paper_name, norm), found.uneven)
         if (found := model.norms.get(norm))
         else Entry()
         for norm in norms
@@ -85,7 +91,7 @@ def attack_table(summary: Summary, norm: str) -> dict[str, Any]:
     for attack in _attacks(models, norm):
         cells = []
         for model in models:
-            published = paper.published(model.stored_name, norm, attack)
+            published = paper.published(model.paper_name, norm, attack)
             cell = model.norms[norm].attacks.get(attack)
             cells.append(
                 Entry(published="" if published is None else _published(published))
@@ -101,7 +107,8 @@ def attack_table(summary: Summary, norm: str) -> dict[str, Any]:
         "title": f"{NORM_TITLES[norm]}: median distance · accuracy at {THRESHOLDS[norm]:g}",
         "models": [figures.title(model) for model in models],
         "rows": rows,
-        "caption": f"Median distance · accuracy at {threshold}; below, 95 % intervals; italic, the paper's figures.",
+        "caption": f"Median distance · accuracy at {threshold}; below, 95 % intervals"
+        + (PAPER if beside_paper(summary) else "."),
     }
 
 
@@ -149,16 +156,25 @@ def cost(summary: Summary, norms: Sequence[str]) -> dict[str, Any]:
     return {"models": [figures.title(model) for model in summary.models], "rows": rows}
 
 
+def certified_radii(model: ModelSummary) -> dict[tuple[str, str, str], list[float]]:
+    """The radii of a model by norm, method and kind."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for one in model.certificates:
+        groups.setdefault((one.norm, one.method, one.kind), []).append(one.radius)
+    return groups
+
+
+def certified_at(norm: str, radii: Sequence[float]) -> int:
+    """How many are certified at the norm's threshold: a guarantee is for distances below the radius, and a distance
+    equal to the threshold breaks an image."""
+    return sum(radius > THRESHOLDS[norm] for radius in radii)
+
+
 def certificate_rows(summary: Summary) -> Iterable[dict[str, Any]]:
     """Radii and certified accuracy of each model, norm, method and kind."""
     for model in summary.models:
-        groups: dict[tuple[str, str, str], list[float]] = {}
-        for certificate in model.certificates:
-            key = certificate.norm, certificate.method, certificate.kind
-            groups.setdefault(key, []).append(certificate.radius)
-        for (norm, method, kind), radii in groups.items():
-            # The guarantee is for distances below the radius, and a distance equal to the threshold breaks an image.
-            certified = sum(radius > THRESHOLDS[norm] for radius in radii)
+        for (norm, method, kind), radii in certified_radii(model).items():
+            certified = certified_at(norm, radii)
             interval = _percents(wilson_interval(certified, len(radii)))
             yield {
                 "model": figures.title(model),
