@@ -333,7 +333,9 @@ def test_the_report_says_what_was_not_tried(tmp_path: Path) -> None:
         return report(tmp_path).markdown.read_text(encoding="utf-8")
 
     evaluate(model, data, suite="none", images=8, out=tmp_path, name="net")
-    assert "None of what was tried: gradients and answers gave no reason to mistrust the numbers.\n" in said()
+    assert "\n\n## Warnings\n\nNone of what was tried: gradients and answers gave no reason to mistrust the" in said()
+    evaluate(model, data, suite=[DeepFool(L2)], images=2, out=tmp_path, name="net")
+    assert "attacks in L2: gradients and answers" in said() and "Not looked for" not in said()  # both images are wrong
     attacks = [BoundaryProjection(L2), DeepFool(L2)]
     evaluate(model, data, suite=attacks, norms=("l2",), images=8, out=tmp_path, name="net", probe=False)
     kinds = [f"{kind} of boundary-projection-l2 and deepfool-l2" for kind in ("planted adversarials", "steps")]

@@ -238,7 +238,7 @@ def _markdown_attacks(summary: Summary) -> list[str]:
         lines += markdown_table(["attack", *table["models"]], body)
     doubted = _warnings(summary)
     if any(doubted.values()):
-        lines += ["", "## Warnings", ""]
+        lines += ["", "## Warnings", *[""] * bool(doubted["warnings"])]
         lines += [
             f"- {name}, {doubt.subject}: {doubt.message}" for name, found in doubted["warnings"] for doubt in found
         ]

@@ -223,6 +223,7 @@ def summarize_model(
     by_norm: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_norm[row.norm].append(row)
+    spent = [row for row in rows if row.status in ("found", "failed")]  # attacks on nothing cannot be put to the test
     labels = {row.image: row.label for row in rows} | {row.image: row.label for row in answers}
     norms = {norm: _norm_summary(norm, by_norm[norm], attacks) for norm in NORMS if by_norm[norm]}
     union, attacked = None, set[int]()
@@ -241,7 +242,7 @@ def summarize_model(
         certificates=tuple(certificates),
         doubts=tuple(doubts),
         probes=frozenset(probe for probe, _ in probes),
-        unprobed=unprobed(probes, [attacks[key] for key in dict.fromkeys(row.attack for row in rows)]),
+        unprobed=unprobed(probes, [attacks[key] for key in dict.fromkeys(row.attack for row in spent)]),
         labels=labels,
         stored_name=name,
     )
