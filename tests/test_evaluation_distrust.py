@@ -14,9 +14,11 @@ from torch import Tensor
 import evaluation_models as models
 from absynth.attacks.base import Attack, Problem, Proposals
 from absynth.attacks.boundary_projection import BoundaryProjection
-from absynth.attacks.gradient import DeepFool, FastGradient
+from absynth.attacks.foolbox_adapter import Foolbox
+from absynth.attacks.gradient import DeepFool, FastGradient, ProjectedGradient
+from absynth.attacks.noise import GaussianNoise
 from absynth.evaluation import Ledger, evaluate, model_digest, report, verify
-from absynth.evaluation.doubts import plant, planted_doubts, with_half_steps
+from absynth.evaluation.doubts import model_doubts, plant, planted_doubts, with_half_steps
 from absynth.evaluation.judge import judge
 from absynth.norms import L0, L2, LINF, Norm
 from evaluation_models import SUITE, Bad, Linear, labeled, run
@@ -194,6 +196,26 @@ def test_probabilities_are_warned_about(tmp_path: Path) -> None:
     assert "probabilities" in codes
 
 
+def test_one_image_without_an_answer_hides_no_doubt_about_the_model() -> None:
+    images, labels = labeled(Linear())
+
+    def model(asked: Tensor) -> Tensor:
+        answers = Linear()(asked).softmax(1)
+        return torch.where((asked == images[2]).flatten(1).all(1, keepdim=True), torch.nan, answers)
+
+    found = {doubt.code for doubt in model_doubts("digest", model, images[:8], labels[:8])}
+    assert "probabilities" in found
+    assert not model_doubts("digest", lambda asked: Linear()(asked) * torch.nan, images[:8], labels[:8])
+
+
+def test_attacks_within_a_radius_are_not_held_against_those_that_search_the_nearest(tmp_path: Path) -> None:
+    near = ProjectedGradient(L2, radius=0.01)  # finds next to nothing so near
+    summary = run(tmp_path, Linear(), suite=[near, GaussianNoise()])
+    assert summary.models[0].norms["l2"].attacks[near.name].accuracy > 0.5
+    codes = {doubt.code for doubt in summary.models[0].doubts}
+    assert not codes & {"white-box-beaten", "beaten-by-noise"}
+
+
 def test_a_model_that_sees_the_batch_is_warned_about(tmp_path: Path) -> None:
     summary = run(tmp_path, Bad("sees the batch"), probe=True, suite=SUITE[:1])
     assert "batch" in {doubt.code for doubt in summary["net"].doubts}
@@ -324,4 +346,5 @@ def test_an_error_with_half_of_the_steps_is_no_distance(tmp_path: Path) -> None:
 
 def test_half_steps() -> None:
     assert with_half_steps(DeepFool(L2)) == DeepFool(L2, steps=25)
+    assert with_half_steps(Foolbox(L2, "ddn")) == Foolbox(L2, "ddn", steps=100)  # of those it takes by default
     assert with_half_steps(Liar("clean")) is None

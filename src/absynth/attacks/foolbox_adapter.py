@@ -176,6 +176,11 @@ class Foolbox(Attack):
         return self.method
 
     @property
+    def default_steps(self) -> int:
+        """What None stands for."""
+        return self._entry.steps
+
+    @property
     def knowledge(self) -> Knowledge:
         """As published."""
         return self._entry.knowledge

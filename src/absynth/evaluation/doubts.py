@@ -84,8 +84,10 @@ def model_doubts(model: str, classifier: Classifier, images: Tensor, labels: Ten
     """What is suspicious about the model's answers and gradients at the images (n,C,H,W)."""
     try:
         with torch.no_grad():
-            if not torch.isfinite(classifier(images)).all():
-                return []  # the rows of those images say so
+            answered = torch.isfinite(classifier(images)).all(1)
+        if not answered.any():
+            return []  # the rows of those images say so
+        images, labels = images[answered], labels[answered]
         found = [*answer_doubts(classifier, images), *_gradients(classifier, images, labels)]
         return [Doubt(model, code, "model", message) for code, message in found]
     except Exception as error:
@@ -246,7 +248,7 @@ def with_half_steps(attack: Attack) -> Attack | None:
     if isinstance(inner, Attack):
         half = with_half_steps(inner)
         return None if half is None else _replaced(attack, attack=half)
-    steps = getattr(attack, "steps", None)
+    steps = getattr(attack, "steps", None) or getattr(attack, "default_steps", None)
     if not isinstance(steps, int) or steps < FEWEST:
         return None
     return _replaced(attack, steps=steps // 2)
@@ -325,9 +327,10 @@ def _undefined(model: str, rows: Sequence[Row], attacks: Mapping[str, AttackReco
 
 
 def _beaten(model: str, norm: str, found: Mapping[AttackRecord, Mapping[int, Row]]) -> Iterator[Doubt]:
-    """All white-box attacks together against all attacks without gradients."""
+    """All white-box attacks together against all attacks without gradients, as far as they search the nearest."""
+    searching = {record: rows for record, rows in found.items() if record.kind == "minimum"}
     white, black = (
-        _nearest(rows for record, rows in found.items() if (record.knowledge == "gradient") is is_white)
+        _nearest(rows for record, rows in searching.items() if (record.knowledge == "gradient") is is_white)
         for is_white in (True, False)
     )
     shared = [image for image in white if image in black]
@@ -343,13 +346,13 @@ def _beaten(model: str, norm: str, found: Mapping[AttackRecord, Mapping[int, Row
 
 
 def _noise(model: str, found: Mapping[AttackRecord, Mapping[int, Row]]) -> Iterator[Doubt]:
-    """Each white-box attack against plain noise."""
+    """Each white-box attack that searches the nearest against plain noise."""
     noise = _nearest(
         rows for record, rows in found.items() if record.name.startswith(("gaussian-noise", "salt-and-pepper"))
     )
     for record, rows in found.items():
         shared = [image for image in rows if image in noise and rows[image].status != "misclassified"]
-        if record.knowledge != "gradient" or not shared:
+        if record.knowledge != "gradient" or record.kind != "minimum" or not shared:
             continue
         own, floor = median([rows[image].distance for image in shared]), median([noise[image] for image in shared])
         if math.isfinite(floor) and own >= floor:

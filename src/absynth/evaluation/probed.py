@@ -37,5 +37,6 @@ def _questions(attack: AttackRecord) -> set[str]:
     """What ``absynth.evaluation.doubts`` asks of an attack."""
     steps = innermost_steps(attack.attack)
     is_white = attack.kind == "minimum" and attack.knowledge == "gradient"
-    can_halve = steps is not None and int(steps.group(1)) >= FEWEST
+    by_default = "steps=None" in attack.attack  # more than FEWEST
+    can_halve = by_default or (steps is not None and int(steps.group(1)) >= FEWEST)
     return {kind for kind, is_asked in (("planted", is_white), ("steps", can_halve)) if is_asked}
