@@ -10,18 +10,16 @@ The tables are plain and may be read with any SQLite tool: ``rows``, ``clean``, 
 from __future__ import annotations
 
 import sqlite3
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import NoneType, TracebackType
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from absynth.errors import InputError
+from absynth.evaluation.packing import pack, shape_text, unpack
 from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, ModelRecord, Row
 
 FILE_NAME = "ledger.sqlite"
@@ -137,7 +135,7 @@ class Ledger:
     def add_images(self, indices: Sequence[int], images: Tensor, labels: Sequence[int]) -> None:
         """Add the clean images (n,C,H,W); known indices stay."""
         values = [
-            (index, label, _shape(image), _pack(image))
+            (index, label, shape_text(image), pack(image))
             for index, image, label in zip(indices, images, labels, strict=True)
         ]
         self._write("INSERT INTO images VALUES (?,?,?,?) ON CONFLICT DO NOTHING", values)
@@ -145,7 +143,7 @@ class Ledger:
     def add_clean(self, rows: Iterable[CleanRow]) -> None:
         """Add clean answers; known ones are replaced."""
         values = [
-            (r.model, r.image, r.label, r.prediction, None if r.logits is None else _pack(r.logits), r.message)
+            (r.model, r.image, r.label, r.prediction, None if r.logits is None else pack(r.logits), r.message)
             for r in rows
         ]
         self._write("INSERT OR REPLACE INTO clean VALUES (?,?,?,?,?,?)", values)
@@ -193,14 +191,14 @@ class Ledger:
     def images(self) -> dict[int, tuple[Tensor, int]]:
         """Clean image (C,H,W) and label by index."""
         found = self._select("images", ("image", "pixels", "shape", "label"), "ORDER BY image")
-        return {image: (_unpack(pixels, shape), label) for image, pixels, shape, label in found}
+        return {image: (unpack(pixels, shape), label) for image, pixels, shape, label in found}
 
     def clean(self, model: str) -> list[CleanRow]:
         """The clean answers of a model, by image."""
         columns = ("model", "image", "label", "prediction", "logits", "message")
         found = self._select("clean", columns, "WHERE model = ? ORDER BY image", model)
         rows = [
-            CleanRow(model, image, label, prediction, None if logits is None else _unpack(logits, None), message)
+            CleanRow(model, image, label, prediction, None if logits is None else unpack(logits, None), message)
             for model, image, label, prediction, logits, message in found
         ]
         for row in rows:
@@ -215,7 +213,7 @@ class Ledger:
         for values in self._select("rows", columns, "WHERE model = ? ORDER BY rowid", model):
             fields = dict(zip(columns, values, strict=True))
             pixels, shape = fields.pop("adversarial", None), fields.pop("shape", None)
-            rows.append(Row(**fields, adversarial=None if pixels is None else _unpack(pixels, shape)))
+            rows.append(Row(**fields, adversarial=None if pixels is None else unpack(pixels, shape)))
         return rows
 
     def certificates(self, model: str) -> list[Certificate]:
@@ -365,30 +363,9 @@ def nothing_in(folder: Path) -> InputError:
 
 
 def _row_values(row: Row) -> tuple[Any, ...]:
-    blob = None if row.adversarial is None else _pack(row.adversarial)
-    shape = None if row.adversarial is None else _shape(row.adversarial)
+    blob = None if row.adversarial is None else pack(row.adversarial)
+    shape = None if row.adversarial is None else shape_text(row.adversarial)
     return (
         *(row.model, row.attack, row.norm, row.image, row.seed, row.label, row.distance, int(row.found), row.status),
         *(row.forward, row.backward, row.seconds, shape, blob, row.message),
     )
-
-
-def _shape(image: Tensor) -> str:
-    return "x".join(map(str, image.shape))
-
-
-def _pack(values: Tensor) -> bytes:
-    return zlib.compress(values.detach().cpu().contiguous().numpy().astype("<f4").tobytes())
-
-
-def _unpack(blob: bytes, shape: str | None) -> Tensor:
-    """The tensor of a blob, flat without a shape; a blob of the wrong size comes back flat for ``verify`` to report."""
-    try:
-        values = np.frombuffer(zlib.decompress(blob), dtype="<f4").copy()
-    except (zlib.error, ValueError):
-        return torch.full((0,), torch.nan)
-    flat = torch.from_numpy(values)
-    try:
-        return flat.view([int(size) for size in shape.split("x")]) if shape else flat
-    except (ValueError, RuntimeError):
-        return flat
