@@ -103,6 +103,22 @@ def test_attacks_and_certificates_share_a_ledger_that_verifies(weights: Path, tm
     assert any("certifies 1e+06" in failure.reason for failure in checked.failures)
 
 
+def test_certificates_and_attacks_in_folders_of_their_own_are_compared(weights: Path, tmp_path: Path) -> None:
+    model = zoo.load("nearest-neighbor", folder=weights)
+    attacks, certificates = tmp_path / "attacks", tmp_path / "certificates"
+    evaluate(model, "digits", suite="deepfool-l2", norms=("l2",), images=4, out=attacks, name="net", probe=False)
+    certify(model, "digits", images=4, out=certificates, norms=("l2",), name="net")
+    for folders in ((attacks, certificates), (certificates, attacks)):
+        assert verify(*folders, models={"net": model}).holds
+    with Ledger(certificates, write=True) as ledger:
+        good = next(one for one in ledger.certificates(ledger.models()[0].digest) if one.radius > 0)
+        ledger.add_certificates([replace(good, radius=1e6)])
+    assert verify(certificates, models={"net": model}).holds  # nothing there refutes it
+    for folders in ((attacks, certificates), (certificates, attacks)):
+        (failure,) = verify(*folders, models={"net": model}).failures
+        assert failure.image == good.image and "certifies 1e+06" in failure.reason
+
+
 def test_a_certificate_of_a_misclassified_image_does_not_hold(weights: Path, tmp_path: Path) -> None:
     model = zoo.load("nearest-neighbor", folder=weights)
     images = data.load("digits", "test")[0]

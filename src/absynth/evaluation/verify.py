@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -88,8 +88,9 @@ def verify(
     Models are loaded by the names in the ledgers and must have the digests written there; ``models`` gives those that
     have no such name. Checked are shape, range and finiteness of each adversarial, its distance from the stored clean
     image, that the model, asked anew, is fooled by it (a true class ahead by less than ``LEVEL`` is a tie), that clean
-    answers are what is written down, that statuses fit the numbers, and that no adversarial of any attack lies below a
-    certified radius of kind exact or probabilistic for the same model, image and norm. Stored images and labels are
+    answers are what is written down, that statuses fit the numbers, and that no adversarial of any attack, in whichever
+    of the folders, lies below a certified radius of kind exact or probabilistic for the same model, image and norm.
+    Stored images and labels are
     compared with those of the data set where it is at hand (``root`` as for ``absynth.data.load``, but nothing is
     downloaded). ``progress`` is called with rows done and rows in all.
 
@@ -102,11 +103,12 @@ def verify(
     statuses: Counter[str] = Counter()
     clean_count = certificate_count = 0
     data_sets = DataSets(root)
+    held: dict[tuple[str, str], _Held] = {}  # by data and model: certificates and attacks may lie in different folders
     places = ledger_folders(folders)
     for folder in places:
         with Ledger(folder) as ledger:
-            images, attacks, used = ledger.images(), ledger.attacks(), set[str]()
-            compared = data_sets.compare(ledger.facts(), images)
+            images, attacks, used, facts = ledger.images(), ledger.attacks(), set[str](), ledger.facts()
+            compared = data_sets.compare(facts, images)
             failures += [Failure("", "", "", image, reason) for image, reason in compared.problems]
             if compared.reason:
                 notices.append(f"images not compared with the data set: {compared.reason}")
@@ -121,7 +123,8 @@ def verify(
                 certificate_count += len(certificates)
                 failures += _distances(record.name, rows, images)
                 failures += _clean_statuses(record.name, rows, clean)
-                failures += invariant(record.name, certificates, rows, images, clean)
+                one = held.setdefault((facts.get("data_digest", str(folder)), record.digest), _Held(record.name))
+                one.add(certificates, rows, images, clean)
                 try:
                     classifier = _model(record, models or {})
                 except InputError as error:
@@ -131,6 +134,8 @@ def verify(
                 failures += _adversarials(record.name, classifier, rows, progress)
             told += left_out(images, attacks, used)
             notices += [f"{folder}: {line}" for line in told] if len(places) > 1 else told
+    for one in held.values():
+        failures += invariant(one.model, one.certificates, one.rows, one.images, one.clean)
     return Verification(
         rows=statuses.total(),
         clean=clean_count,
@@ -141,6 +146,30 @@ def verify(
         found_nothing=statuses["failed"],
         notices=tuple(dict.fromkeys(notices)),
     )
+
+
+@dataclass
+class _Held:
+    """What the folders together say of one model on one data set, as far as certificates are about it."""
+
+    model: str
+    certificates: list[Certificate] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    images: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    clean: list[CleanRow] = field(default_factory=list)
+
+    def add(
+        self,
+        certificates: Iterable[Certificate],
+        rows: Iterable[Row],
+        images: Mapping[int, tuple[Tensor, int]],
+        clean: Iterable[CleanRow],
+    ) -> None:
+        """What one folder says."""
+        self.certificates += certificates
+        self.rows += [row for row in rows if row.found]
+        self.images |= {index: image for index, image in images.items() if index not in self.images}
+        self.clean += [answer for answer in clean if answer.broken]
 
 
 def invariant(
