@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sqlite3
 import subprocess
 import sys
@@ -199,3 +200,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="choose a writable one"):
         Ledger(tmp_path / "file" / "run", write=True)
+
+
+def test_a_finished_ledger_is_read_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled(tmp_path / "a b?#%", [ROW])
+    monkeypatch.setattr(os, "access", lambda *_arguments: False)
+    opened, connect = [], sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda file, **options: (opened.append(file), connect(file, **options))[1])
+    (place,) = ledger_folders([tmp_path])
+    with Ledger(place) as ledger:
+        assert len(ledger.rows("m")) == 1
+        assert sorted(file.name for file in place.iterdir()) == [FILE_NAME, "writer.lock"]  # nothing beside it
+    assert opened and all(uri.endswith("?mode=ro&immutable=1") for uri in opened)
+    with Ledger(place, write=True) as ledger:  # a log of one who still writes is read, too
+        ledger.add_rows([replace(ROW, image=7)])
+        with Ledger(place) as reader:
+            assert len(reader.rows("m")) == 2 and opened[-1].endswith("?mode=ro")

@@ -9,6 +9,7 @@ The tables are plain and may be read with any SQLite tool: ``rows``, ``clean``, 
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -80,7 +81,7 @@ class Ledger:
                     self._claim()
                 elif not begun(self.path):
                     raise nothing_in(self.folder)
-                self._connection = sqlite3.connect(self.path, timeout=10.0, isolation_level=None)
+                self._connection = _connected(self.path, write)
                 self._open(write)
         except BaseException:
             self.close()
@@ -348,10 +349,28 @@ def begun(file: Path) -> bool:
     if not file.is_file():
         return False
     try:
-        with closing(sqlite3.connect(file, timeout=10.0)) as connection:
+        with closing(_connected(file)) as connection:
             return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
     except sqlite3.Error:
         return True
+
+
+def _connected(file: Path, write: bool = False) -> sqlite3.Connection:
+    """A connection to an SQLite file, in transactions of its own.
+
+    SQLite reads a file with a write-ahead log through files beside it. Where these cannot be made, as on a medium that
+    is read only, a file whose log is empty is read as one that nobody changes.
+    """
+    if write:
+        return sqlite3.connect(file, timeout=10.0, isolation_level=None)
+    log = file.with_name(f"{file.name}-wal")
+    if os.access(file.parent, os.W_OK):
+        mode = "mode=rw"  # with "ro" the files beside it would stay
+    elif log.is_file() and log.stat().st_size:
+        mode = "mode=ro"
+    else:
+        mode = "mode=ro&immutable=1"
+    return sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", timeout=10.0, isolation_level=None, uri=True)
 
 
 def nothing_in(folder: Path) -> InputError:
