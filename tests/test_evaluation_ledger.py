@@ -76,6 +76,13 @@ def test_a_known_row_stays(tmp_path: Path) -> None:
         assert [row.distance for row in ledger.rows("m")] == [ROW.distance]
 
 
+def test_a_known_model_keeps_its_name_and_its_classes(tmp_path: Path) -> None:
+    with Ledger(tmp_path, write=True) as ledger:
+        for record in (ModelRecord("m", "first"), ModelRecord("m", "second", 3), ModelRecord("m", "third")):
+            ledger.add_models([record])
+        assert ledger.models() == [ModelRecord("m", "first", 3)]
+
+
 def test_a_batch_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with Ledger(tmp_path, write=True) as ledger:
         with pytest.raises(sqlite3.IntegrityError):

@@ -125,8 +125,12 @@ class Ledger:
     # Adding
 
     def add_models(self, records: Iterable[ModelRecord]) -> None:
-        """Add models; a known digest is updated."""
-        self._write("INSERT OR REPLACE INTO models VALUES (?,?,?)", [(r.digest, r.name, r.classes) for r in records])
+        """Add models; a known digest keeps its name, and the larger number of classes."""
+        self._write(
+            "INSERT INTO models VALUES (?,?,?) "
+            "ON CONFLICT (digest) DO UPDATE SET classes = max(classes, excluded.classes)",
+            [(r.digest, r.name, r.classes) for r in records],
+        )
 
     def add_attacks(self, records: Iterable[AttackRecord]) -> None:
         """Add attacks; known ones stay."""
