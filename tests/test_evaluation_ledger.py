@@ -123,6 +123,16 @@ def test_merging_different_data_is_refused(tmp_path: Path) -> None:
         merge_ledgers([second], first)
 
 
+def test_the_digest_says_what_the_data_are_not_their_name(tmp_path: Path) -> None:
+    with Ledger(tmp_path, write=True) as ledger:
+        ledger.describe(data="pictures", split="test", data_digest="1a")
+        ledger.describe(data="./pictures", split="test", data_digest="1a")
+        assert ledger.facts()["data"] == "pictures"
+        for other in ({"split": "train", "data_digest": "1a"}, {"split": "test", "data_digest": "2b"}):
+            with pytest.raises(InputError, match="give another output folder"):
+                ledger.describe(data="pictures", **other)
+
+
 def test_no_ledger(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no evaluation in"):
         Ledger(tmp_path)

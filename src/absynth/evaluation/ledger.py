@@ -105,18 +105,21 @@ class Ledger:
     # What the ledger is about
 
     def describe(self, **facts: str) -> None:
-        """Write down what the whole ledger is about: ``data``, ``split``, ``data_digest``.
+        """Write down what the whole ledger is about: ``data``, ``split``, ``data_digest``. What is known stays.
 
-        Raises InputError when the ledger is already about something else.
+        Raises InputError as ``check_facts`` does.
         """
-        known = self.facts()
-        for key, value in facts.items():
-            if key in known and known[key] != value:
-                raise InputError(
-                    f"{self.folder} holds an evaluation with {key.replace('_', ' ')} {known[key]!r}, this one has "
-                    f"{value!r}: give another output folder"
-                )
+        self.check_facts(**facts)
         self._write("INSERT INTO meta VALUES (?,?) ON CONFLICT DO NOTHING", facts.items())
+
+    def check_facts(self, **facts: str) -> None:
+        """Raises InputError when the ledger is already about something else."""
+        known = self.facts()
+        if key := different_fact(known, facts):
+            raise InputError(
+                f"{self.folder} holds an evaluation with {key.replace('_', ' ')} {known[key]!r}, this one has "
+                f"{facts[key]!r}: give another output folder"
+            )
 
     def facts(self) -> dict[str, str]:
         """What ``describe`` wrote down."""
@@ -345,6 +348,14 @@ class Ledger:
                     where = "" if image is None else f" of image {image!r}"
                     raise self._damaged(f"{column}{where} in the table {table} is {repr(value)[:40]}")
         return found
+
+
+def different_fact(known: Mapping[str, str], facts: Mapping[str, str]) -> str:
+    """The fact that says that two ledgers are about different things, empty where none does. Data of one digest are
+    the same under whatever name."""
+    same = "data_digest" in known and known["data_digest"] == facts.get("data_digest")
+    told = [key for key in facts if not (same and key == "data")]
+    return next((key for key in told if key in known and known[key] != facts[key]), "")
 
 
 def begun(file: Path) -> bool:
