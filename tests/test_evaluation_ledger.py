@@ -58,7 +58,7 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
         assert ledger.certificates("m") == [certificate]
         assert ledger.probes("m") == {("steps", "A()")}
         assert [doubt.code for doubt in ledger.doubts("m")] == ["steps-rising"]
-        assert ledger.keys("m") == {("A()", 3, 0), ("A()", 4, 0), ("A()", 5, 0)}
+        assert ledger.keys("m") == {("A()", "l2", 3, 0), ("A()", "l2", 4, 0), ("A()", "l2", 5, 0)}
         assert ledger.attacks()["A()"].knowledge == "gradient"
 
 
@@ -66,7 +66,7 @@ def test_errors_are_forgotten_on_request(tmp_path: Path) -> None:
     filled(tmp_path, [ROW, replace(ROW, image=5, distance=math.inf, status="error", adversarial=None)])
     with Ledger(tmp_path, write=True) as ledger:
         ledger.forget_errors("m")
-        assert ledger.keys("m") == {("A()", 3, 0)}
+        assert ledger.keys("m") == {("A()", "l2", 3, 0)}
 
 
 def test_a_known_row_stays(tmp_path: Path) -> None:

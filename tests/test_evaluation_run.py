@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from absynth.evaluation import (
 from absynth.evaluation.ledger import FILE_NAME
 from absynth.evaluation.plan import choose_attacks, row_seed
 from absynth.evaluation.run import Progress
-from absynth.norms import L2
+from absynth.norms import L2, LINF, Norm
 from absynth.prototypes import PrototypeABS
 from absynth.vae import Decoder, VAEConfig
 from evaluation_models import ALL_NORMS, SUITE, Bad, run
@@ -278,9 +278,27 @@ def test_jobs_cover_what_is_missing() -> None:
     plan = Plan("net", "d", SUITE[:2], (5, 6, 7), "x", "test", "e", batch_size=2)
     first, second = map(repr, SUITE[:2])
     assert [job.images for job in plan.jobs()] == [(5, 6), (5, 6), (7,), (7,)]
-    left = plan.jobs({(first, 5, 0), (second, 7, 0), (first, 7, 1)})
+    left = plan.jobs({(first, "l2", 5, 0), (second, "l2", 7, 0), (first, "l2", 7, 1), (first, "l0", 6, 0)})
     assert [(repr(job.attack) == first, job.images) for job in left] == [(True, (6,)), (False, (5, 6)), (True, (7,))]
     assert plan.norms == ("l2",)
+
+
+@dataclass(frozen=True)
+class Nameless(FastGradient):
+    """An attack whose repr hides the norm."""
+
+    norm: Norm = field(default=L2, repr=False)
+
+
+def test_attacks_of_one_repr_are_told_apart_or_refused(tmp_path: Path) -> None:
+    both = (Nameless(L2), Nameless(LINF))
+    with pytest.raises(InputError, match=r"-l2 in l2 and .*-linf in linf are both Nameless\(.*let the repr show"):
+        run(tmp_path, suite=both)
+    run(tmp_path, suite=both[:1])
+    before = rows(tmp_path)
+    with pytest.raises(InputError, match=r"-l2 in l2 as Nameless\(.*, which .*-linf in linf is as well: let the repr"):
+        run(tmp_path, suite=both[1:])
+    assert rows(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -182,9 +182,9 @@ class Ledger:
 
     # Reading
 
-    def keys(self, model: str) -> set[tuple[str, int, int]]:
-        """The (attack, image, seed) that have a row."""
-        return set(self._select("rows", ("attack", "image", "seed"), "WHERE model = ?", model))
+    def keys(self, model: str) -> set[tuple[str, str, int, int]]:
+        """The (attack, norm, image, seed) that have a row."""
+        return set(self._select("rows", ("attack", "norm", "image", "seed"), "WHERE model = ?", model))
 
     def models(self) -> list[ModelRecord]:
         """All models, in the order of their names."""

@@ -57,6 +57,14 @@ class Plan:
             raise InputError("the plan has no images; give at least one")
         if len(set(self.images)) != len(self.images):
             raise InputError("an image index comes twice; give each once")
+        named: dict[str, Attack] = {}
+        for attack in self.attacks:
+            other = named.setdefault(repr(attack), attack)
+            if (other.name, other.norm) != (attack.name, attack.norm):
+                raise InputError(
+                    f"{other.name} in {other.norm} and {attack.name} in {attack.norm} are both {repr(attack)[:80]}: "
+                    "let the repr show what tells them apart, no field of it with repr=False"
+                )
 
     @property
     def norms(self) -> tuple[str, ...]:
@@ -67,18 +75,18 @@ class Plan:
         """The images in batches."""
         return [self.images[i : i + self.batch_size] for i in range(0, len(self.images), self.batch_size)]
 
-    def jobs(self, done: AbstractSet[tuple[str, int, int]] = frozenset()) -> list[Job]:
-        """What is left to do, in order, when the (attack repr, image, seed) in ``done`` have a row.
+    def jobs(self, done: AbstractSet[tuple[str, str, int, int]] = frozenset()) -> list[Job]:
+        """What is left to do, in order, when the (attack repr, norm, image, seed) in ``done`` have a row.
 
         All attacks on the first batch, then all on the second: an interrupted run has complete results for its images.
         """
         return list(self._jobs(done))
 
-    def _jobs(self, done: AbstractSet[tuple[str, int, int]]) -> Iterator[Job]:
-        names = [repr(attack) for attack in self.attacks]
+    def _jobs(self, done: AbstractSet[tuple[str, str, int, int]]) -> Iterator[Job]:
+        names = [(repr(attack), str(attack.norm)) for attack in self.attacks]
         for batch in self.batches():
             for attack, name in zip(self.attacks, names, strict=True):
-                left = tuple(image for image in batch if (name, image, self.seed) not in done)
+                left = tuple(image for image in batch if (*name, image, self.seed) not in done)
                 if left:
                     yield Job(attack, left)
 

@@ -150,7 +150,8 @@ def here(classifier: Classifier) -> Executor:
 
 
 def check_run(plan: Plan, ledger: Ledger) -> None:
-    """Raises InputError when the ledger holds another model, other data or another seed than the plan."""
+    """Raises InputError when the ledger holds another model, other data or another seed than the plan, or another
+    attack under the repr of one of the plan's."""
     ledger.describe(data=plan.data, split=plan.split, data_digest=plan.data_digest)
     known = {record.digest: record.name for record in ledger.models()}
     if known and plan.model_digest not in known:
@@ -159,7 +160,16 @@ def check_run(plan: Plan, ledger: Ledger) -> None:
             f"{ledger.folder} holds the evaluation of another model ({names}, digest {min(known)[:12]}; this one is "
             f"{plan.model}, {plan.model_digest[:12]}): give another output folder"
         )
-    seeds = {seed for _, _, seed in ledger.keys(plan.model_digest)} - {plan.seed}
+    stored = ledger.attacks()
+    for record in map(_attack_record, plan.attacks):
+        other = stored.get(record.attack, record)
+        if (other.name, other.norm) != (record.name, record.norm):
+            raise InputError(
+                f"{ledger.folder} holds {other.name} in {other.norm} as {record.attack[:80]}, which {record.name} in "
+                f"{record.norm} is as well: let the repr show what tells them apart, no field of it with repr=False, "
+                "and give another output folder"
+            )
+    seeds = {seed for *_, seed in ledger.keys(plan.model_digest)} - {plan.seed}
     if seeds:
         raise InputError(
             f"{ledger.folder} holds rows of seed {min(seeds)}, this plan has seed {plan.seed}: give another "
