@@ -33,9 +33,10 @@ from absynth.evaluation import (
     summarize,
     verify,
 )
+from absynth.evaluation.folders import holds_evaluation
 from absynth.evaluation.ledger import FILE_NAME
 from absynth.evaluation.plan import choose_attacks, row_seed
-from absynth.evaluation.run import Progress
+from absynth.evaluation.run import Progress, check_run
 from absynth.norms import L2, LINF, Norm
 from absynth.prototypes import PrototypeABS
 from absynth.vae import Decoder, VAEConfig
@@ -316,6 +317,14 @@ def test_another_evaluation_in_the_folder(tmp_path: Path, finished: Path, change
     assert rows(tmp_path) == rows(finished)
 
 
+def test_what_has_no_seed_goes_into_a_folder_of_any(tmp_path: Path) -> None:
+    run(tmp_path, suite=SUITE[:1], images=3, seed=7)
+    assert len(run(tmp_path, suite="none")["net"].clean) == 8
+    plan = Plan("net", model_digest(models.Linear()), (), (0,), "tensors", "all", "")
+    with Ledger(tmp_path) as ledger:
+        check_run(replace(plan, data_digest=ledger.facts()["data_digest"]), ledger)  # as certificates do
+
+
 def test_code_that_changed_between_two_runs(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest of a module is of its weights: what its forward does with them is found by asking."""
     merge(finished, finished, tmp_path)
@@ -351,6 +360,15 @@ def test_bad_options(tmp_path: Path, options: dict[str, Any], message: str) -> N
     with pytest.raises(InputError, match=message) as caught:
         run(tmp_path, **options)
     assert "\n" not in str(caught.value)
+    assert not holds_evaluation(tmp_path)  # which would be in the way of the run that is meant
+
+
+def test_labels_are_checked_before_anything_is_written(tmp_path: Path) -> None:
+    pictures, labels = models.labeled(models.Linear(), 300)
+    labels[299] = 3  # of the second batch of clean answers
+    with pytest.raises(InputError, match="image 299 has label 3, the model has 3 classes"):
+        run(tmp_path, data=(pictures, labels), images=300, suite="none")
+    assert run(tmp_path, suite="none")["net"].clean_accuracy == 0.75
 
 
 def test_models_by_factory() -> None:

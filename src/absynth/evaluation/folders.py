@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from absynth.errors import InputError
-from absynth.evaluation.ledger import FILE_NAME, Ledger, begun, nothing_in
+from absynth.evaluation.files import FILE_NAME, begun, nothing_in
+from absynth.evaluation.ledger import Ledger
 
 
 def merge_ledgers(sources: Sequence[str | Path], target: str | Path) -> None:

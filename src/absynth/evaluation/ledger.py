@@ -9,7 +9,6 @@ The tables are plain and may be read with any SQLite tool: ``rows``, ``clean``, 
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -20,10 +19,10 @@ from typing import Any
 from torch import Tensor
 
 from absynth.errors import InputError
+from absynth.evaluation.files import FILE_NAME, begun, connected, nothing_in
 from absynth.evaluation.packing import pack, shape_text, unpack
 from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, Doubt, ModelRecord, Row
 
-FILE_NAME = "ledger.sqlite"
 SCHEMA_VERSION = 1
 _APPLICATION = 0x41425359  # "ABSY" in the file's header: tells our ledgers from other SQLite files
 
@@ -64,6 +63,7 @@ class Ledger:
     """The ledger in the run folder ``folder``. Use as a context manager.
 
     ``write=True`` makes folder and file when they are missing and keeps other writers out; readers may read meanwhile.
+    The tables are made with the first thing that is written: until then the folder holds no ledger for anybody else.
 
     Raises InputError for a folder without a ledger, a damaged file or one that is no ledger, a ledger of another
     version, one that another process writes to, and a folder that cannot be written; reading does for values that no
@@ -75,14 +75,15 @@ class Ledger:
         self.path = self.folder / FILE_NAME
         self._lock: sqlite3.Connection | None = None
         self._connection: sqlite3.Connection | None = None
+        self._made = False  # whether the tables are there
         try:
             with self._explained():
                 if write:
                     self._claim()
                 elif not begun(self.path):
                     raise nothing_in(self.folder)
-                self._connection = _connected(self.path, write)
-                self._open(write)
+                self._connection = connected(self.path, write)
+                self._open()
         except BaseException:
             self.close()
             raise
@@ -270,14 +271,19 @@ class Ledger:
         self._lock = sqlite3.connect(self.folder / "writer.lock", timeout=0.2, isolation_level=None)
         self._lock.execute("BEGIN EXCLUSIVE")
 
-    def _open(self, write: bool) -> None:
+    def _make(self, connection: sqlite3.Connection) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(
+            f"BEGIN IMMEDIATE; PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION};"
+            f"{_SCHEMA} COMMIT;"
+        )
+        self._made = True
+
+    def _open(self) -> None:
         connection = self._checked()
-        if write and not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.executescript(
-                f"BEGIN IMMEDIATE; PRAGMA application_id = {_APPLICATION}; PRAGMA user_version = {SCHEMA_VERSION};"
-                f"{_SCHEMA} COMMIT;"
-            )
+        self._made = bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
+        if not self._made:
+            return
         if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
             raise InputError(f"{self.path} is an SQLite file but no ledger of absynth: give another folder")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -321,6 +327,8 @@ class Ledger:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._explained():
             connection = self._checked()
+            if not self._made:
+                self._make(connection)
             connection.execute("BEGIN IMMEDIATE")
             try:
                 yield connection
@@ -334,6 +342,8 @@ class Ledger:
             connection.executemany(statement, list(values))
 
     def _all(self, statement: str, *values: Any) -> list[Any]:
+        if not self._made:
+            return []
         with self._explained(), closing(self._checked().execute(statement, values)) as cursor:
             return cursor.fetchall()
 
@@ -356,44 +366,6 @@ def different_fact(known: Mapping[str, str], facts: Mapping[str, str]) -> str:
     same = "data_digest" in known and known["data_digest"] == facts.get("data_digest")
     told = [key for key in facts if not (same and key == "data")]
     return next((key for key in told if key in known and known[key] != facts[key]), "")
-
-
-def begun(file: Path) -> bool:
-    """Whether ``file`` has more in it than an SQLite file without tables, which a run leaves that ends while it makes
-    its ledger (the tables come in one transaction). What it holds, if anything, is for ``Ledger`` to say."""
-    if not file.is_file():
-        return False
-    try:
-        with closing(_connected(file)) as connection:
-            return bool(connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0])
-    except sqlite3.Error:
-        return True
-
-
-def _connected(file: Path, write: bool = False) -> sqlite3.Connection:
-    """A connection to an SQLite file, in transactions of its own.
-
-    SQLite reads a file with a write-ahead log through files beside it. Where these cannot be made, as on a medium that
-    is read only, a file whose log is empty is read as one that nobody changes.
-    """
-    if write:
-        return sqlite3.connect(file, timeout=10.0, isolation_level=None)
-    log = file.with_name(f"{file.name}-wal")
-    if os.access(file.parent, os.W_OK):
-        mode = "mode=rw"  # with "ro" the files beside it would stay
-    elif log.is_file() and log.stat().st_size:
-        mode = "mode=ro"
-    else:
-        mode = "mode=ro&immutable=1"
-    return sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", timeout=10.0, isolation_level=None, uri=True)
-
-
-def nothing_in(folder: Path) -> InputError:
-    """What to say about a folder without a ledger."""
-    deeper = sorted({str(file.parent.parent) for file in folder.glob(f"*/*/{FILE_NAME}")})
-    if deeper:
-        return InputError(f"no evaluation in {folder} itself: name the run, {' or '.join(deeper[:3])}")
-    return InputError(f"no evaluation in {folder}: run `absynth evaluate --out {folder}` first")
 
 
 def _row_values(row: Row) -> tuple[Any, ...]:

@@ -152,7 +152,7 @@ def here(classifier: Classifier) -> Executor:
 def check_run(plan: Plan, ledger: Ledger) -> None:
     """Raises InputError when the ledger holds another model, other data or another seed than the plan, or another
     attack under the repr of one of the plan's."""
-    ledger.describe(data=plan.data, split=plan.split, data_digest=plan.data_digest)
+    ledger.check_facts(**_facts(plan))
     known = {record.digest: record.name for record in ledger.models()}
     if known and plan.model_digest not in known:
         names = ", ".join(sorted(known.values()))
@@ -170,7 +170,7 @@ def check_run(plan: Plan, ledger: Ledger) -> None:
                 "and give another output folder"
             )
     seeds = {seed for *_, seed in ledger.keys(plan.model_digest)} - {plan.seed}
-    if seeds:
+    if seeds and plan.attacks:
         raise InputError(
             f"{ledger.folder} holds rows of seed {min(seeds)}, this plan has seed {plan.seed}: give another "
             "output folder, "
@@ -179,25 +179,37 @@ def check_run(plan: Plan, ledger: Ledger) -> None:
 
 
 def prepare(plan: Plan, classifier: Classifier, images: Tensor, labels: Tensor, ledger: Ledger) -> None:
-    """Write down images, attacks, model and the model's clean answers. Raises InputError for labels out of range."""
-    known = {row.image for row in ledger.clean(plan.model_digest)}
+    """Write down data, attacks, images, model and the model's clean answers.
+
+    Raises InputError for labels out of range and as ``check_answers`` does, as a rule before anything is written: only
+    a model that answers none of the first images may say later how many classes it has.
+    """
     check_answers(plan, classifier, images, ledger)
+    known = {row.image for row in ledger.clean(plan.model_digest)}
     todo = [image for image in plan.images if image not in known]
-    ledger.add_images(todo, images[todo], labels[todo].tolist())
-    ledger.add_attacks(_attack_record(attack) for attack in plan.attacks)
+    classes = max((one.classes for one in ledger.models() if one.digest == plan.model_digest), default=0)
+    check_labels(todo, labels, classes)
     for start in range(0, len(todo), CLEAN_BATCH):
         batch = todo[start : start + CLEAN_BATCH]
         rows = clean_rows(classifier, batch, images[batch], labels[batch], plan.model_digest)
-        classes = max((len(row.logits) for row in rows if row.logits is not None), default=0)
-        for row in rows:
-            if row.label < 0 or (classes and row.label >= classes):
-                raise InputError(
-                    f"image {row.image} has label {row.label}, the model has {classes or 'no'} classes numbered "
-                    "from 0: "
-                    "give the data set the model was made for"
-                )
+        classes = max((len(row.logits) for row in rows if row.logits is not None), default=classes)
+        check_labels(todo[start:], labels, classes)
+        ledger.describe(**_facts(plan))
+        ledger.add_images(batch, images[batch], labels[batch].tolist())
         ledger.add_models([ModelRecord(plan.model_digest, plan.model, classes)])
         ledger.add_clean(rows)
+    ledger.add_attacks(_attack_record(attack) for attack in plan.attacks)
+
+
+def check_labels(indices: Sequence[int], labels: Tensor, classes: int) -> None:
+    """Raises InputError where a label (N,) of the images ``indices`` is not one of the ``classes``, 0 for not known."""
+    of_these = labels[list(indices)]
+    wrong = ((of_these < 0) | (of_these >= classes if classes else False)).nonzero().flatten().tolist()
+    if wrong:
+        raise InputError(
+            f"image {indices[wrong[0]]} has label {int(of_these[wrong[0]])}, the model has {classes or 'no'} classes "
+            "numbered from 0: give the data set the model was made for"
+        )
 
 
 def check_answers(plan: Plan, classifier: Classifier, images: Tensor, ledger: Ledger) -> None:
@@ -243,6 +255,10 @@ def load_split(
     if labels.shape != pictures.shape[:1] or labels.is_floating_point():
         raise InputError(f"labels are {labels.dtype} {tuple(labels.shape)}; expected {len(pictures)} integers")
     return pictures, labels.long(), "tensors", "all"
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    return {"data": plan.data, "split": plan.split, "data_digest": plan.data_digest}
 
 
 def _listed_name(attack: Attack) -> str:
