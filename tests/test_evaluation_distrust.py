@@ -17,7 +17,8 @@ from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.foolbox_adapter import Foolbox
 from absynth.attacks.gradient import DeepFool, FastGradient, ProjectedGradient
 from absynth.attacks.noise import GaussianNoise
-from absynth.evaluation import Ledger, evaluate, model_digest, report, verify
+from absynth.errors import InputError
+from absynth.evaluation import Ledger, evaluate, model_digest, report, summarize, verify
 from absynth.evaluation.doubts import model_doubts, plant, planted_doubts, with_half_steps
 from absynth.evaluation.judge import judge
 from absynth.norms import L0, L2, LINF, Norm
@@ -176,6 +177,41 @@ def test_errors_are_tried_again_on_request(tmp_path: Path) -> None:
     assert run(tmp_path, model, retry_errors=True)["net"].norms["l2"].all.images == 8
 
 
+def test_errors_that_are_not_tried_again_stay(tmp_path: Path) -> None:
+    model = Bad("nan at one image")
+
+    def stop(_progress: object) -> None:
+        raise KeyboardInterrupt
+
+    def counted() -> tuple[float, int, int]:
+        found = summarize(tmp_path)["net"]
+        return found.clean_accuracy, len(found.clean), found.norms["l2"].all.errors
+
+    run(tmp_path, model, suite=SUITE[:2])
+    before = counted()
+    assert before == (5 / 8, 8, 2)  # images 0 and 1 are misclassified
+    run(tmp_path, model, suite=SUITE[:2], images=2, retry_errors=True)
+    assert counted() == before
+    with pytest.raises(InputError, match="seed"):
+        run(tmp_path, model, suite=SUITE[:2], seed=5, retry_errors=True)
+    assert counted() == before
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, model, suite=SUITE[:2], retry_errors=True, progress=stop)
+    assert counted() == before
+    model.forward = models.Linear.forward.__get__(model)  # type: ignore[method-assign]
+    run(tmp_path, model, suite=SUITE[:1], retry_errors=True)
+    assert counted() == (6 / 8, 8, 1)  # the other attack was not asked for
+
+
+def test_questions_that_failed_are_put_again(tmp_path: Path) -> None:
+    model = Bad("raises at one image")
+    run(tmp_path, model, suite="none", probe=True)
+    model.forward = models.Linear.forward.__get__(model)  # type: ignore[method-assign]
+    for retry, codes in ((False, {"probe-failed"}), (True, set())):
+        summary = run(tmp_path, model, suite="none", probe=True, retry_errors=retry)
+        assert {doubt.code for doubt in summary["net"].doubts} == codes
+
+
 @pytest.mark.parametrize("what", ["random", "wrong shape", "wrong shape later"])
 def test_a_model_that_is_no_classifier_gives_marked_rows(tmp_path: Path, what: str) -> None:
     summary = run(tmp_path, Bad(what), probe=True)
@@ -295,6 +331,24 @@ def test_the_judge_counts_ties_and_nudges_what_misses_by_rounding() -> None:
     assert verdicts[0].distance == 0.25
     assert 0.25 <= verdicts[1].distance <= 0.2501
     assert verdicts[2].distance == math.inf and verdicts[2].adversarial is None
+
+
+@dataclass(frozen=True)
+class Nameless(FastGradient):
+    """An attack whose repr hides the norm."""
+
+    norm: Norm = field(default=L2, repr=False)
+
+
+def test_attacks_of_one_repr_are_told_apart_or_refused(tmp_path: Path) -> None:
+    both = (Nameless(L2), Nameless(LINF))
+    with pytest.raises(InputError, match=r"-l2 in l2 and .*-linf in linf are both Nameless\(.*let the repr show"):
+        run(tmp_path, suite=both)
+    run(tmp_path, suite=both[:1])
+    before = summarize(tmp_path).to_json()
+    with pytest.raises(InputError, match=r"-l2 in l2 as Nameless\(.*, which .*-linf in linf is as well: let the repr"):
+        run(tmp_path, suite=both[1:])
+    assert summarize(tmp_path).to_json() == before
 
 
 # Doubts about attacks

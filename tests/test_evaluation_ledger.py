@@ -62,11 +62,12 @@ def test_what_is_written_is_read_back_exactly(tmp_path: Path) -> None:
         assert ledger.attacks()["A()"].knowledge == "gradient"
 
 
-def test_errors_are_forgotten_on_request(tmp_path: Path) -> None:
+def test_errors_give_way_to_what_comes_of_trying_again(tmp_path: Path) -> None:
     filled(tmp_path, [ROW, replace(ROW, image=5, distance=math.inf, status="error", adversarial=None)])
     with Ledger(tmp_path, write=True) as ledger:
-        ledger.forget_errors("m")
-        assert ledger.keys("m") == {("A()", "l2", 3, 0)}
+        assert ledger.keys("m", errors=False) == {("A()", "l2", 3, 0)}
+        ledger.add_rows([replace(ROW, distance=9.0), replace(ROW, image=5)])
+        assert [(row.image, row.distance) for row in ledger.rows("m")] == [(3, ROW.distance), (5, ROW.distance)]
 
 
 def test_a_known_row_stays(tmp_path: Path) -> None:

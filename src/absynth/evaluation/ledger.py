@@ -158,10 +158,16 @@ class Ledger:
         self._write("INSERT OR REPLACE INTO clean VALUES (?,?,?,?,?,?)", values)
 
     def add_rows(self, rows: Iterable[Row]) -> None:
-        """Add attack rows in one transaction; known keys stay as they are."""
-        self._write(
-            f"INSERT INTO rows VALUES ({','.join('?' * 15)}) ON CONFLICT DO NOTHING", [_row_values(row) for row in rows]
-        )
+        """Add attack rows in one transaction; known keys stay as they are, but for errors, which are replaced."""
+        rows = list(rows)
+        with self._transaction() as connection:
+            connection.executemany(
+                "DELETE FROM rows WHERE (model, attack, norm, image, seed) = (?,?,?,?,?) AND status = 'error'",
+                [row.key for row in rows],
+            )
+            connection.executemany(
+                f"INSERT INTO rows VALUES ({','.join('?' * 15)}) ON CONFLICT DO NOTHING", map(_row_values, rows)
+            )
 
     def add_certificates(self, certificates: Iterable[Certificate]) -> None:
         """Add certificates; known ones (same model, image, norm and method) are replaced."""
@@ -175,17 +181,20 @@ class Ledger:
             values = [(d.model, d.code, d.subject, d.message) for d in doubts]
             connection.executemany("INSERT OR REPLACE INTO doubts VALUES (?,?,?,?)", values)
 
-    def forget_errors(self, model: str) -> None:
-        """Drop the rows of ``model`` that are marked as errors, so that a run tries them again."""
-        with self._transaction() as connection:
-            connection.execute("DELETE FROM rows WHERE model = ? AND status = 'error'", (model,))
-            connection.execute("DELETE FROM clean WHERE model = ? AND prediction IS NULL", (model,))
+    def forget_failed_probe(self, model: str) -> None:
+        """Forget the questions that were put to ``model`` where they failed, and what came of them, so that a run puts
+        them again."""
+        if any(doubt.code == "probe-failed" for doubt in self.doubts(model)):
+            with self._transaction() as connection:
+                connection.execute("DELETE FROM doubts WHERE model = ? AND subject = 'model'", (model,))
+                connection.execute("DELETE FROM probes WHERE model = ? AND probe = 'model'", (model,))
 
     # Reading
 
-    def keys(self, model: str) -> set[tuple[str, str, int, int]]:
-        """The (attack, norm, image, seed) that have a row."""
-        return set(self._select("rows", ("attack", "norm", "image", "seed"), "WHERE model = ?", model))
+    def keys(self, model: str, *, errors: bool = True) -> set[tuple[str, str, int, int]]:
+        """The (attack, norm, image, seed) that have a row, with or without those marked as errors."""
+        which = "WHERE model = ?" if errors else "WHERE model = ? AND status != 'error'"
+        return set(self._select("rows", ("attack", "norm", "image", "seed"), which, model))
 
     def models(self) -> list[ModelRecord]:
         """All models, in the order of their names."""

@@ -67,9 +67,9 @@ def evaluate(
     is a data set's name or folder, or (images (N,C,H,W) float32 in [0,1], labels (N,)). ``suite`` is a suite's or
     attack's name, several separated by commas, ``"none"``, or attacks. ``images`` is how many of the split's first, or
     their indices. ``probe`` puts the questions of ``absynth.evaluation.doubts`` to model and attacks. ``retry_errors``
-    tries images again that an earlier run marked as errors. ``executor`` computes the batches (default: this process);
-    ``absynth.distributed.connect`` gives one that does so on a cluster. ``batch_size``: images attacked at once, and
-    written at once; None: 32, on a GPU 256.
+    tries again what of these images and attacks an earlier run marked as an error. ``executor`` computes the batches
+    (default: this process); ``absynth.distributed.connect`` gives one that does so on a cluster. ``batch_size``: images
+    attacked at once, and written at once; None: 32, on a GPU 256.
 
     Interrupted at any instant, it loses at most the batch in flight; called again, it goes on. Models or attacks that
     fail give rows with status ``error`` and the rest goes on. Raises InputError for bad input and for a folder that
@@ -90,9 +90,10 @@ def evaluate(
         batch_size=(256 if device_of(classifier).type == "cuda" else 32) if batch_size is None else batch_size,
     )
     with Ledger(out, write=True) as ledger:
-        if retry_errors:
-            ledger.forget_errors(plan.model_digest)
-        run(plan, classifier, pictures, labels, ledger, progress=progress, probe=probe, executor=executor)
+        run(
+            plan, classifier, pictures, labels, ledger, progress=progress, probe=probe, retry_errors=retry_errors,
+            executor=executor,
+        )  # fmt: skip
     return summarize(out)
 
 
@@ -105,16 +106,19 @@ def run(
     *,
     progress: Callable[[Progress], None] | None = None,
     probe: bool = True,
+    retry_errors: bool = False,
     executor: Executor | None = None,
 ) -> None:
     """Carry out ``plan`` on the split's ``images`` (N,C,H,W) and ``labels`` (N,), as far as ``ledger`` does not have
-    it."""
+    it; with ``retry_errors``, as far as it has no more of it than an error, which stays until it is replaced."""
     check_run(plan, ledger)
-    prepare(plan, classifier, images, labels, ledger)
+    prepare(plan, classifier, images, labels, ledger, retry_errors=retry_errors)
     clean = {row.image: row for row in ledger.clean(plan.model_digest)}
     if probe:
+        if retry_errors:
+            ledger.forget_failed_probe(plan.model_digest)
         doubting.probe_model(plan, classifier, images, labels, ledger)
-    jobs = plan.jobs(ledger.keys(plan.model_digest))
+    jobs = plan.jobs(ledger.keys(plan.model_digest, errors=not retry_errors))
     rows_in_all, test = len(plan.attacks) * len(plan.images), min(doubting.HALVED, len(plan.images))
     total = rows_in_all + (len(plan.attacks) * test if probe else 0)
     done = rows_in_all - sum(len(job.images) for job in jobs)
@@ -178,14 +182,23 @@ def check_run(plan: Plan, ledger: Ledger) -> None:
         )
 
 
-def prepare(plan: Plan, classifier: Classifier, images: Tensor, labels: Tensor, ledger: Ledger) -> None:
-    """Write down data, attacks, images, model and the model's clean answers.
+def prepare(
+    plan: Plan,
+    classifier: Classifier,
+    images: Tensor,
+    labels: Tensor,
+    ledger: Ledger,
+    *,
+    retry_errors: bool = False,
+) -> None:
+    """Write down data, attacks, images, model and the model's clean answers, unusable ones anew with ``retry_errors``.
 
     Raises InputError for labels out of range and as ``check_answers`` does, as a rule before anything is written: only
     a model that answers none of the first images may say later how many classes it has.
     """
     check_answers(plan, classifier, images, ledger)
-    known = {row.image for row in ledger.clean(plan.model_digest)}
+    answers = ledger.clean(plan.model_digest)
+    known = {answer.image for answer in answers if answer.logits is not None or not retry_errors}
     todo = [image for image in plan.images if image not in known]
     classes = max((one.classes for one in ledger.models() if one.digest == plan.model_digest), default=0)
     check_labels(todo, labels, classes)
