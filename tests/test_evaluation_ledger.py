@@ -103,6 +103,18 @@ def test_merging_keeps_the_rows_of_both(tmp_path: Path) -> None:
         assert len(ledger.rows("m")) == 2
 
 
+@pytest.mark.parametrize("target", ["a", "b", "c", "new"])
+def test_of_equal_keys_the_first_source_wins_whichever_is_the_target(tmp_path: Path, target: str) -> None:
+    for distance, name in enumerate("abc", 1):
+        rows = [replace(ROW, image=image, distance=float(distance)) for image in range(distance)]
+        with Ledger(filled(tmp_path / name, rows), write=True) as ledger:
+            ledger.add_clean([CleanRow("m", 0, 1, distance, torch.eye(4)[distance])])
+    merge_ledgers([tmp_path / name for name in "abc"], tmp_path / target)
+    with Ledger(tmp_path / target) as ledger:
+        assert {row.image: row.distance for row in ledger.rows("m")} == {0: 1.0, 1: 2.0, 2: 3.0}
+        assert [answer.prediction for answer in ledger.clean("m")] == [1]
+
+
 def test_folders_of_runs_are_merged_whole_or_nothing_is_made(tmp_path: Path) -> None:
     for model in ("a", "b"):
         filled(tmp_path / "runs" / model, [replace(ROW, model=model)])
@@ -120,8 +132,20 @@ def test_folders_of_runs_are_merged_whole_or_nothing_is_made(tmp_path: Path) -> 
 
 def test_merging_different_data_is_refused(tmp_path: Path) -> None:
     first, second = filled(tmp_path / "a", [ROW]), filled(tmp_path / "b", [ROW], data="mnist")
-    with pytest.raises(InputError, match="holds an evaluation with data 'digits', this one has 'mnist'"):
+    with pytest.raises(InputError, match=r"a and \S+b are about different data \(data 'digits' and 'mnist'\): merge"):
         merge_ledgers([second], first)
+    with pytest.raises(InputError, match=r"a and \S+b are about different data"):
+        merge_ledgers([first, second], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_merging_two_attacks_of_one_repr_is_refused(tmp_path: Path) -> None:
+    for name, norm in (("a", "l2"), ("b", "linf")):
+        with Ledger(filled(tmp_path / name, [ROW]), write=True) as ledger:
+            ledger.add_attacks([AttackRecord("A()", f"far-{norm}", norm, "gradient", "minimum")])
+    with pytest.raises(InputError, match=r"A\(\) is far-l2 in l2 in \S+a, and far-linf in linf in \S+b"):
+        merge_ledgers([tmp_path / "a", tmp_path / "b"], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_digest_says_what_the_data_are_not_their_name(tmp_path: Path) -> None:

@@ -74,8 +74,8 @@ def report(*folders: str | Path, out: str | Path | None = None) -> Report:
 def merge(first: str | Path, second: str | Path, out: str | Path) -> Summary:
     """Put the rows of two runs on the same data into one ledger, of equal keys the first's, and sum it up.
 
-    ``out`` may be new, or one of the two. Raises InputError when a run cannot be read or the two are about different
-    data.
+    ``out`` may be new, or one of the two. Raises InputError, and writes nothing, when a run cannot be read or the two
+    are about different data.
     """
     merge_ledgers([first, second], out)
     return summarize(out)

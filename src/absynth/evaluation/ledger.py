@@ -56,7 +56,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
     "prediction": (int, NoneType),
     "shape": (str, NoneType),
 }
-_COPIED = ("models", "attacks", "images", "clean", "rows", "certificates", "probes", "doubts")
+_COPIED = ("meta", "models", "attacks", "images", "clean", "rows", "certificates", "probes", "doubts")
 
 
 class Ledger:
@@ -250,18 +250,20 @@ class Ledger:
         found = self._select("doubts", columns, "WHERE model = ? ORDER BY code, subject", model)
         return [Doubt(*values) for values in found]
 
-    def merge_from(self, other: Ledger) -> None:
-        """Take over everything of ``other`` that is not here yet.
+    def merge_from(self, other: Ledger, *, first: bool = False) -> None:
+        """Take over everything of ``other`` that is not here yet; with ``first`` what is here under the same keys gives
+        way to it.
 
         Raises InputError when it is about other data.
         """
-        self.describe(**other.facts())
+        self.check_facts(**other.facts())
+        how = ("INSERT OR REPLACE", "") if first else ("INSERT", "ON CONFLICT DO NOTHING")
         with self._transaction() as connection:
             for table in _COPIED:
                 found = other._all(f"SELECT * FROM {table} ORDER BY rowid")
                 if found:
                     places = ",".join("?" * len(found[0]))
-                    connection.executemany(f"INSERT INTO {table} VALUES ({places}) ON CONFLICT DO NOTHING", found)
+                    connection.executemany(f"{how[0]} INTO {table} VALUES ({places}) {how[1]}", found)
 
     # SQLite
 
