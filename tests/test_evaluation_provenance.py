@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import evaluation_models as models
-from absynth import data
+from absynth import data, reproduction
 from absynth.errors import InputError
 from absynth.evaluation import Verification, evaluate, merge, report, verify
 from absynth.evaluation.ledger import FILE_NAME
@@ -313,7 +313,37 @@ def test_impossible_rows_do_not_hold(tensors: Path, tampered: Callable[..., Path
     assert {image for image, _ in reasons(found)} == {4} and any(reason in said for _, said in reasons(found))
 
 
+def test_rows_of_an_attack_the_ledger_does_not_know_do_not_hold(tensors: Path, tampered: Callable[..., Path]) -> None:
+    copy = tampered(tensors, "DELETE FROM attacks WHERE name = 'gaussian-noise-l2'")
+    (failure,) = verify(copy, models=NET).failures
+    assert failure.attack.startswith("GaussianNoise(") and failure.image is None
+    assert failure.reason == "the ledger has no entry of this attack, which says its name and norm"
+    copy = tampered(tensors, "UPDATE attacks SET norm = 'l0' WHERE name = 'boundary-projection-l2'")
+    assert any("its rows are in l2, its entry says l0" in reason for _, reason in reasons(verify(copy, models=NET)))
+
+
 # The command
+
+
+def test_a_ledger_made_by_python_or_merge_goes_on_itself(run: Run, tmp_path: Path) -> None:
+    evaluate(models.digits(), "digits", suite="fgm-l2", norms=("l2",), images=3, out=tmp_path, name=NAME, probe=False)
+    options = ("--data", "digits", "--norms", "l2", "--images", 3, "--out", tmp_path)
+    shown = run("evaluate", "--model", NAME, "--attacks", "fgm-l2", *options)
+    assert shown.code == 0 and "holds 3 rows already" in shown.err
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()]
+    run("evaluate", "--model", "evaluation_models:silent", "--attacks", "fgm-l2", *options)
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["evaluation_models-silent"]
+
+
+def test_models_of_one_name_are_told_apart_by_their_digests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, name in enumerate("ab"):
+        models.run(tmp_path / name, models.Linear(seed=seed), suite=SUITE[:1])
+    merge(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    given = {"own": models.Linear(seed=0), None: models.Linear(seed=1)}  # by the folder of the weights
+    monkeypatch.setattr(reproduction, "load_any", lambda _name, weights, root: given[weights])
+    found = reproduction.verify_runs(tmp_path / "c", weights="own")
+    assert found.holds and found.rows == 16
+    assert "net" in reproduction.verify_runs(tmp_path / "c").unchecked[0]
 
 
 def test_the_command_says_it(run: Run, digits: Path, tampered: Callable[..., Path]) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from absynth import data, zoo
 from absynth.checks import usable_device
@@ -30,7 +31,8 @@ from absynth.evaluation import (
 )
 from absynth.evaluation.certify import check_request
 from absynth.evaluation.distal import made_distal
-from absynth.evaluation.folders import ledger_folders, rows_at_hand
+from absynth.evaluation.files import FILE_NAME, begun
+from absynth.evaluation.folders import holds_model, ledger_folders, rows_at_hand
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.reporting import Report, report
 from absynth.evaluation.run import Executor
@@ -90,8 +92,8 @@ def evaluate_models(
                     progress(round(SHARE * done), SHARE * len(classifiers), f"{name}, {at.attack}")
 
             evaluate(
-                classifier, dataset, suite=suite, norms=norms, images=images, out=run_folder(out, name), seed=seed,
-                progress=tell, name=name, root=root, executor=executors(name), probe=probe,
+                classifier, dataset, suite=suite, norms=norms, images=images, out=run_folder(out, name, classifier),
+                seed=seed, progress=tell, name=name, root=root, executor=executors(name), probe=probe,
             )  # fmt: skip
     return summarize(out)
 
@@ -135,15 +137,19 @@ def certify_model(
         )
     classifier = load_any(model, weights=weights, root=root)
     return certify(
-        classifier, dataset, norms=norms, images=images, out=run_folder(out, model), radius=radius,
+        classifier, dataset, norms=norms, images=images, out=run_folder(out, model, classifier), radius=radius,
         estimates=estimates, name=model, root=root, progress=progress,
     )  # fmt: skip
 
 
-def run_folder(out: str | Path, model: str) -> Path:
-    """Where below ``out`` the evaluation of a model is kept."""
+def run_folder(out: str | Path, model: str, classifier: nn.Module) -> Path:
+    """Where the evaluation of a model is kept: below ``out``, or there itself where its ledger has the model, as one
+    that runs were merged into does."""
     stem = Path(model).stem if model.endswith(".safetensors") else model
-    return Path(out) / re.sub(r"[^\w.-]+", "-", stem)
+    below = Path(out) / re.sub(r"[^\w.-]+", "-", stem)
+    if not begun(below / FILE_NAME) and holds_model(out, model_digest(classifier)):
+        return Path(out)
+    return below
 
 
 def verify_runs(
@@ -152,18 +158,24 @@ def verify_runs(
     root: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """``absynth.evaluation.verify`` with the models taken from the folder ``weights`` (default: shipped), the
-    data set from ``root``."""
-    names = set()
+    """``absynth.evaluation.verify`` with the models taken from the folder ``weights``, or shipped where those there are
+    not what was evaluated; the data set from ``root``."""
+    wanted: dict[str, set[str]] = {}  # digests by name
     for folder in ledger_folders(folders):
         with Ledger(folder) as ledger:
-            names |= {record.name for record in ledger.models()}
-    classifiers = {}
-    for name in sorted(names):
-        try:
-            classifiers[name] = load_any(name, weights=weights, root=root)
-        except InputError:
-            continue  # `verify` says which models are missing
+            for record in ledger.models():
+                wanted.setdefault(record.name, set()).add(record.digest)
+    classifiers: dict[str, nn.Module] = {}
+    for name, digests in sorted(wanted.items()):
+        for place in dict.fromkeys((weights, None)):  # a ledger may have models of one name with the weights of both
+            try:
+                classifier = load_any(name, weights=place, root=root)
+            except InputError:
+                continue  # `verify` says which models are missing
+            classifiers.setdefault(name, classifier)
+            classifiers[model_digest(classifier)] = classifier
+            if digests <= classifiers.keys():
+                break
     return verify(*folders, models=classifiers, progress=progress, root=root)
 
 

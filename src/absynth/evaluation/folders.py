@@ -72,6 +72,15 @@ def holds_evaluation(folder: str | Path) -> bool:
     return bool(_below(Path(folder)))
 
 
+def holds_model(folder: str | Path, digest: str) -> bool:
+    """Whether there is a ledger in ``folder`` itself that has the model of this digest. Raises InputError for one that
+    cannot be read."""
+    if not begun(Path(folder) / FILE_NAME):
+        return False
+    with Ledger(folder) as ledger:
+        return any(record.digest == digest for record in ledger.models())
+
+
 def rows_at_hand(folder: str | Path) -> int:
     """How many attack rows there are at or below a folder that need not exist. Raises InputError for a ledger that
     cannot be read."""
