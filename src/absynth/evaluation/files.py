@@ -47,4 +47,4 @@ def nothing_in(folder: Path) -> InputError:
     deeper = sorted({str(file.parent.parent) for file in folder.glob(f"*/*/{FILE_NAME}")})
     if deeper:
         return InputError(f"no evaluation in {folder} itself: name the run, {' or '.join(deeper[:3])}")
-    return InputError(f"no evaluation in {folder}: run `absynth evaluate --out {folder}` first")
+    return InputError(f"no evaluation in {folder}: run `absynth evaluate --suite quick --out {folder}` first")
