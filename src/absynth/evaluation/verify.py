@@ -19,7 +19,7 @@ from absynth.evaluation.judge import ask, device_of, is_broken
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.plan import load_model, model_digest
 from absynth.evaluation.provenance import DataSets, left_out, missing
-from absynth.evaluation.rows import Certificate, CleanRow, ModelRecord, Row, Status
+from absynth.evaluation.rows import AttackRecord, Certificate, CleanRow, ModelRecord, Row, Status
 from absynth.norms import NORMS
 
 BATCH = 128
@@ -30,7 +30,7 @@ LEVEL = 1e-6
 @dataclass(frozen=True)
 class Failure:
     """A row, a clean answer, a certificate or a stored image that does not hold. ``attack`` is empty for all but rows,
-    ``model`` for stored images, ``image`` None where all of these are meant."""
+    ``model`` for stored images, ``image`` None where all of these, or of the attack's rows, are meant."""
 
     model: str
     attack: str
@@ -86,13 +86,13 @@ def verify(
     """Recompute every row in or below the run folders and say which do not hold.
 
     Models are loaded by the names in the ledgers and must have the digests written there; ``models`` gives those that
-    have no such name. Checked are shape, range and finiteness of each adversarial, its distance from the stored clean
-    image, that the model, asked anew, is fooled by it (a true class ahead by less than ``LEVEL`` is a tie), that clean
-    answers are what is written down, that statuses fit the numbers, and that no adversarial of any attack, in whichever
-    of the folders, lies below a certified radius of kind exact or probabilistic for the same model, image and norm.
-    Stored images and labels are
-    compared with those of the data set where it is at hand (``root`` as for ``absynth.data.load``, but nothing is
-    downloaded). ``progress`` is called with rows done and rows in all.
+    have no such name, by name or digest. Checked are shape, range and finiteness of each adversarial, its distance from
+    the stored clean image, that the model, asked anew, is fooled by it (a true class ahead by less than ``LEVEL`` is a
+    tie), that clean answers are what is written down, that statuses fit the numbers, that the ledger knows each attack
+    and its norm, and that no adversarial of any attack, in whichever of the folders, lies below a certified radius of
+    kind exact or probabilistic for the same model, image and norm. Stored images and labels are compared with those of
+    the data set where it is at hand (``root`` as for ``absynth.data.load``, but nothing is downloaded). ``progress`` is
+    called with rows done and rows in all.
 
     Raises InputError when there is no ledger or one cannot be read. A model that cannot be loaded is reported as
     unchecked; what cannot be told from a run that was stopped early is a notice.
@@ -121,6 +121,7 @@ def verify(
                 told += missing(record.name, images, clean, rows, attacks)
                 clean_count += len(clean)
                 certificate_count += len(certificates)
+                failures += _entries(record.name, rows, attacks)
                 failures += _distances(record.name, rows, images)
                 failures += _clean_statuses(record.name, rows, clean)
                 one = held.setdefault((facts.get("data_digest", str(folder)), record.digest), _Held(record.name))
@@ -212,7 +213,7 @@ def invariant(
 
 
 def _model(record: ModelRecord, models: Mapping[str, Classifier]) -> Classifier:
-    given = models.get(record.name) or models.get(record.digest)
+    given = models.get(record.digest, models.get(record.name))
     classifier = given if given is not None else load_model(record.name)
     digest = model_digest(classifier)
     if digest != record.digest:
@@ -221,6 +222,20 @@ def _model(record: ModelRecord, models: Mapping[str, Classifier]) -> Classifier:
             "give the model that was evaluated"
         )
     return classifier
+
+
+def _entries(model: str, rows: Iterable[Row], attacks: Mapping[str, AttackRecord]) -> list[Failure]:
+    """Attacks with rows that the ledger's list of attacks lacks, or has in another norm."""
+    failures = []
+    for attack, norm in dict.fromkeys((row.attack, row.norm) for row in rows):
+        if attack not in attacks:
+            reason = "the ledger has no entry of this attack, which says its name and norm"
+        elif attacks[attack].norm != norm:
+            reason = f"its rows are in {norm}, its entry says {attacks[attack].norm}"
+        else:
+            continue
+        failures.append(Failure(model, attack, norm, None, reason))
+    return failures
 
 
 def _distances(model: str, rows: Iterable[Row], images: Mapping[int, tuple[Tensor, int]]) -> list[Failure]:
