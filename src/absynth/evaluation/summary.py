@@ -15,8 +15,9 @@ import torch
 from absynth.errors import InputError, unknown_name
 from absynth.evaluation.cells import THRESHOLDS, UNION, Cell, plain, uneven, within
 from absynth.evaluation.doubts import clean_doubts, ledger_doubts
+from absynth.evaluation.files import nothing_in
 from absynth.evaluation.folders import ledger_folders
-from absynth.evaluation.ledger import Ledger, nothing_in
+from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.names import named_apart
 from absynth.evaluation.paper import is_papers_data
 from absynth.evaluation.probed import unprobed
