@@ -189,7 +189,7 @@ def test_errors_that_are_not_tried_again_stay(tmp_path: Path) -> None:
 
     run(tmp_path, model, suite=SUITE[:2])
     before = counted()
-    assert before == (5 / 8, 8, 2)  # images 0 and 1 are misclassified
+    assert before == (5 / 7, 7, 1)  # images 0 and 1 are misclassified, image 4 has no answer
     run(tmp_path, model, suite=SUITE[:2], images=2, retry_errors=True)
     assert counted() == before
     with pytest.raises(InputError, match="seed"):
@@ -200,14 +200,16 @@ def test_errors_that_are_not_tried_again_stay(tmp_path: Path) -> None:
     assert counted() == before
     model.forward = models.Linear.forward.__get__(model)  # type: ignore[method-assign]
     run(tmp_path, model, suite=SUITE[:1], retry_errors=True)
-    assert counted() == (6 / 8, 8, 1)  # the other attack was not asked for
+    with Ledger(tmp_path) as ledger:
+        rows = ledger.rows(model_digest(model))
+    assert counted() == (6 / 8, 8, 0) and sum(row.status == "error" for row in rows) == 1  # of the attack not asked for
 
 
 def test_questions_that_failed_are_put_again(tmp_path: Path) -> None:
     model = Bad("raises at one image")
     run(tmp_path, model, suite="none", probe=True)
     model.forward = models.Linear.forward.__get__(model)  # type: ignore[method-assign]
-    for retry, codes in ((False, {"probe-failed"}), (True, set())):
+    for retry, codes in ((False, {"probe-failed", "unanswered"}), (True, set())):
         summary = run(tmp_path, model, suite="none", probe=True, retry_errors=retry)
         assert {doubt.code for doubt in summary["net"].doubts} == codes
 
