@@ -292,7 +292,7 @@ def test_attacked(run: Run, weights: Path, tmp_path: Path) -> None:
 
 
 def test_distal_images_go_on_after_the_last_model(weights: Path, tmp_path: Path) -> None:
-    def images(*models: str, target: int = 1, stop: str | None = None) -> list[str]:
+    def images(*models: str, stop: str | None = None) -> list[str]:
         """The models whose images were made."""
         made: list[str] = []
 
@@ -301,9 +301,7 @@ def test_distal_images_go_on_after_the_last_model(weights: Path, tmp_path: Path)
                 raise KeyboardInterrupt
             made.append(name)
 
-        found = distal_images(
-            models, tmp_path, dataset="digits", target=target, count=2, steps=1, weights=weights, progress=tell
-        )
+        found = distal_images(models, tmp_path, dataset="digits", count=2, steps=1, weights=weights, progress=tell)
         assert list(found) == list(models)
         return made
 
@@ -313,16 +311,34 @@ def test_distal_images_go_on_after_the_last_model(weights: Path, tmp_path: Path)
     assert images("cnn", "abs") == ["abs"] and images("abs", "cnn") == []
     assert images("transfer-cnn") == ["transfer-cnn"]
     assert list(load_distal(tmp_path)) == ["transfer-cnn", "cnn", "abs"]  # what is there stays
-    assert images("cnn", target=2) == ["cnn"] and list(load_distal(tmp_path)) == ["cnn"]  # made another way
     seen: list[tuple[int, int]] = []
     distal_images(
-        ["cnn", "madry"], tmp_path, dataset="digits", count=2, steps=3, weights=weights,
+        ["cnn", "madry"], tmp_path / "other", dataset="digits", count=2, steps=3, weights=weights,
         progress=lambda done, total, _name: seen.append((done, total)),
     )  # fmt: skip
     assert seen == sorted(seen) and seen[-1] == (6, 6)  # one bar for both models, which ends where it says
-    images("cnn", target=2)
-    save_distal(tmp_path, load_distal(tmp_path))  # nobody knows how these were made
-    assert images("cnn", target=2) == ["cnn"]
+
+
+def test_distal_images_made_another_way_are_not_lost(run: Run, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    start = ("distal", "--data", "digits", "--weights", weights, "--out", out)
+    made = (*start, "--count", 2, "--steps", 1)
+    assert run(*made, "--model", "cnn").code == 0
+    there = (out / "distal.safetensors").read_bytes()
+    lost = f"{out} holds distal images of cnn "
+    for changed, differs in {
+        ("--count", 2, "--steps", 3, "--target", 2): "with target 1, steps 1, these would be with target 2, steps 3:",
+        ("--count", 1, "--steps", 1, "--seed", 7): "with count 2, seed 0, these would be with count 1, seed 7:",
+    }.items():
+        assert_error(run(*start, *changed, "--model", "madry"), lost + differs)
+        assert_error(run(*start, *changed, "--model", "cnn"), lost + differs)
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "cnn.safetensors").write_bytes((weights / "transfer-cnn.safetensors").read_bytes())
+    assert_error(run(*made, "--model", "cnn", "--weights", tmp_path / "weights"), f"{lost}of another model")
+    assert_error(run("reproduce", *start[1:], "--model", "cnn"), lost + "with count 2, steps 1, these")
+    assert (out / "distal.safetensors").read_bytes() == there and list(out.iterdir()) == [out / "distal.safetensors"]
+    save_distal(out, load_distal(out))
+    assert_error(run(*made, "--model", "madry"), f"{lost}that do not say how they were made")
 
 
 def test_progress_rises_from_model_to_model(weights: Path, tmp_path: Path) -> None:

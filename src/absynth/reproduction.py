@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,12 +25,14 @@ from absynth.evaluation import (
     certify,
     distal,
     evaluate,
+    load_distal,
     model_digest,
     save_distal,
     summarize,
     verify,
 )
 from absynth.evaluation.certify import check_request
+from absynth.evaluation.distal import FILE_NAME as DISTAL_FILE
 from absynth.evaluation.distal import made_distal
 from absynth.evaluation.files import FILE_NAME, begun
 from absynth.evaluation.folders import holds_model, ledger_folders, rows_at_hand
@@ -196,17 +199,14 @@ def distal_images(
     """What each model calls class ``target`` with over 90 % although it began as noise; written into ``out``.
 
     Written after each model, so that the same call goes on after the last one that was finished. What is there of other
-    models, made the same way, stays.
+    models stays. Raises InputError, before anything is computed, where ``out`` holds images that were made another way.
     """
     place = usable_device(device)
-    images, _ = data.load(dataset, "test", root)
-    channels, height, width = images.shape[1:]
-    shape = (channels, height, width)
-    way = json.dumps({"target": target, "count": count, "steps": steps, "seed": seed, "shape": shape})
+    way = _way(dataset, root, target=target, count=count, steps=steps, seed=seed)
     classifiers = {name: load_any(name, weights=weights, root=root).to(place) for name in models}
-    hows = {name: f"{model_digest(one)} {way}" for name, one in classifiers.items()}
-    there = {name: kept for name, kept in made_distal(out).items() if kept[1].endswith(way)}
-    todo = [name for name, how in hows.items() if name not in there or there[name][1] != how]
+    digests = {name: model_digest(one) for name, one in classifiers.items()}
+    there = _made_alike(out, way, digests)
+    todo = [name for name in classifiers if name not in there]
     for number, name in enumerate(todo):
         reached = 0
 
@@ -217,15 +217,50 @@ def distal_images(
                 progress(number * steps + done, len(todo) * steps, name)
 
         one = distal(
-            classifiers[name], target, count=count, shape=shape, steps=steps, seed=seed,
+            classifiers[name], target, count=count, shape=way["shape"], steps=steps, seed=seed,
             progress=lambda done, _total, tell=tell: tell(done),  # type: ignore[misc]
         )  # fmt: skip
         if reached < steps:
             tell(steps)  # most images take far fewer
-        there[name] = one, hows[name]
+        there[name] = one, f"{digests[name]} {json.dumps(way)}"
         names = [*(name for name in models if name in there), *(name for name in there if name not in models)]
         save_distal(out, {name: there[name][0] for name in names}, {name: there[name][1] for name in names})
     return {name: there[name][0] for name in models}
+
+
+def _way(dataset: str | Path, root: str | Path | None, **options: int) -> dict[str, Any]:
+    """How distal images are made: the ``options``, and the ``shape`` [C,S,S] of a data set's images."""
+    return {**options, "shape": list(data.load(dataset, "test", root)[0].shape[1:])}
+
+
+def _made_alike(out: str | Path, way: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, tuple[Distal, str]]:
+    """The distal images in ``out`` by model, each with its model's digest and how it was made.
+
+    Raises InputError where any was made another ``way``, or of another model than the one of its name in ``digests``:
+    what is there would be lost, or stand beside what it cannot be compared with.
+    """
+    made = made_distal(out)
+    for name in load_distal(out):
+        digest, _, how = made[name][1].partition(" ") if name in made else ("", "", "")
+        wanted = digests.get(name, digest)
+        other = f"of another model, digest {digest[:12]}, this one is {wanted[:12]}" if digest != wanted else ""
+        if differs := _difference(how, way) or other:
+            raise InputError(
+                f"{out} holds distal images of {name} {differs}: give another output folder, or move "
+                f"{Path(out) / DISTAL_FILE} away"
+            )
+    return made
+
+
+def _difference(how: str, way: Mapping[str, Any]) -> str:
+    """What differs between how images were made, JSON, and the ``way`` that is asked for; empty where nothing does."""
+    try:
+        known = dict(json.loads(how))
+    except (ValueError, TypeError):
+        return "that do not say how they were made"
+    differing = [key for key, value in way.items() if known.get(key) != value]
+    then, now = (", ".join(f"{key} {one.get(key)}" for key in differing) for one in (known, way))
+    return f"with {then}, these would be with {now}" if differing else ""
 
 
 def reproduce(
@@ -246,6 +281,7 @@ def reproduce(
 
     ``cluster`` is the address of a Ray cluster for the attacks, see ``absynth.distributed.connect``.
     """
+    _made_alike(out, _way(dataset, root, target=1, count=5, steps=10_000, seed=seed), {})  # before days of attacks
     evaluate_models(
         models, dataset, suite=suite, images=images, out=out, seed=seed, weights=weights, root=root, progress=progress,
         cluster=cluster, device=device,
