@@ -16,7 +16,7 @@ import absynth
 from absynth import data, weight_files, zoo
 from absynth.cli import app
 from absynth.cli.output import progress
-from absynth.evaluation import load_distal, save_distal
+from absynth.evaluation import Ledger, load_distal, save_distal
 from absynth.reproduction import distal_images, evaluate_models
 from command_line import Run, assert_error, document
 
@@ -350,6 +350,50 @@ def test_progress_rises_from_model_to_model(weights: Path, tmp_path: Path) -> No
     done = [step[0] / step[1] for step in seen]
     assert done == sorted(done) and done[-1] == 1
     assert done[[step[2] for step in seen].index("cnn, fgm-l2")] == 0.5  # all of the first of two
+
+
+def test_what_is_wrong_with_any_model_is_found_before_the_first_is_attacked(
+    run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tests")
+    out = tmp_path / "run"
+    start = ("evaluate", "--weights", weights, "--images", 2, "--norms", "l2", "--data", "digits", "--out", out)
+    cnn = (*start, "--suite", "fgm", "--model", "cnn")
+    assert_error(run(*cnn, "--model", weights / "cnn.safetensors"), "both go into", str(out / "cnn"))
+    latent = ("--suite", "latent-descent", "--model", "abs", "--model", "cnn")
+    assert_error(run(*start, *latent), "has no attack in l2 for this model")
+    assert not out.exists()
+    assert_error(run(*cnn, "--images", 9, "--model", "evaluation_models:few"), "the model has 3 classes")
+    with Ledger(out / "cnn") as ledger:
+        assert not [row for record in ledger.models() for row in ledger.keys(record.digest)]
+    assert run(*start, "--suite", "fgm", "--model", "madry", "--seed", 1).code == 0
+    assert_error(run(*cnn, "--model", "madry"), f"{out / 'madry'} holds rows of seed 1")
+
+
+def test_runs_on_several_data_sets_do_not_mix(run: Run, weights: Path, pictures: list[Path], tmp_path: Path) -> None:
+    for label in "01":
+        (tmp_path / "own" / label).mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / "own" / label / f"{number}.png").write_bytes(pictures[number].read_bytes())
+    out = tmp_path / "run"
+    start = ("--weights", weights, "--images", 2, "--out", out)
+    attack = ("evaluate", "--suite", "fgm", "--norms", "l2", *start)
+    assert run(*attack, "--model", "cnn", "--data", "digits").code == 0
+    message = f"{out / 'cnn'} holds an evaluation with data 'digits', this one has data '{tmp_path / 'own'}'"
+    other = ("--data", tmp_path / "own")
+    assert_error(run(*attack, "--model", "madry", *other), message)
+    assert_error(run("certify", "--model", "nearest-neighbor", *start, *other), message)
+    assert_error(run("reproduce", "--model", "madry", "--suite", "fgm", *start, *other), message)
+    assert sorted(one.name for one in out.iterdir()) == ["cnn"]
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+@pytest.mark.parametrize("command", ["evaluate", "distal", "reproduce", "train"])
+def test_a_number_that_is_no_seed(run: Run, weights: Path, tmp_path: Path, command: str, seed: int) -> None:
+    model = ("cnn",) if command == "train" else ("--model", "cnn", "--weights", weights)
+    suite = () if command in ("distal", "train") else ("--suite", "fgm")
+    result = run(command, *model, *suite, "--data", "digits", "--out", tmp_path / "run", "--seed", seed)
+    assert_error(result, f"seed is {seed}; expected a whole number from 0 to")
 
 
 # quickstart

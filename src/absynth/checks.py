@@ -83,3 +83,9 @@ def usable_device(name: str | torch.device) -> torch.device:
             f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}): use cpu, or cuda where there is a GPU"
         ) from error
     return device
+
+
+def check_seed(seed: int) -> None:
+    """Raise InputError for a number that is no seed: negative, or with more than 63 bits."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed is {seed}; expected a whole number from 0 to {2**63 - 1}: give another one")

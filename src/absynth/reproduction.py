@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from absynth import data, zoo
-from absynth.checks import usable_device
+from absynth.checks import check_seed, usable_device
 from absynth.clean import load_any
 from absynth.errors import InputError
 from absynth.evaluation import (
@@ -24,7 +24,6 @@ from absynth.evaluation import (
     Verification,
     certify,
     distal,
-    evaluate,
     load_distal,
     model_digest,
     save_distal,
@@ -35,10 +34,10 @@ from absynth.evaluation.certify import check_request
 from absynth.evaluation.distal import FILE_NAME as DISTAL_FILE
 from absynth.evaluation.distal import made_distal
 from absynth.evaluation.files import FILE_NAME, begun
-from absynth.evaluation.folders import holds_model, ledger_folders, rows_at_hand
+from absynth.evaluation.folders import holds_evaluation, holds_model, ledger_folders, rows_at_hand
 from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.reporting import Report, report
-from absynth.evaluation.run import Executor
+from absynth.evaluation.run import Executor, check_run, load_split, make_plan, prepare, run
 from absynth.inventory import describe_model
 
 COSTLY = ("smoothed-cnn",)  # attacked only when asked for by name
@@ -80,25 +79,70 @@ def evaluate_models(
 ) -> Summary:
     """Attack each model (as ``absynth.clean.load_any`` takes them) into a run folder of its own below ``out``.
 
-    Called again, it goes on where it was interrupted. ``cluster`` is the address of a Ray cluster that computes the
-    batches, see ``absynth.distributed.connect``; without one they are computed on ``device``. Arguments and errors as
-    for ``absynth.evaluation.evaluate``.
+    What can be wrong with any of them is found before the first is attacked. Called again, it goes on where it was
+    interrupted. ``cluster`` is the address of a Ray cluster that computes the batches, see
+    ``absynth.distributed.connect``; without one they are computed on ``device``. Arguments and errors as for
+    ``absynth.evaluation.evaluate``; besides, InputError for two models of one folder, and for an ``out`` with runs on
+    another data set.
     """
     place = usable_device(device)
+    check_seed(seed)
     classifiers = {name: load_any(name, weights=weights, root=root).to(place) for name in models}
+    folders = _run_folders(out, classifiers)
+    pictures, labels, *_ = loaded = load_split(dataset, "test", root)
+    _check_data(out, loaded)
+    plans = {name: make_plan(one, name, loaded, suite, norms, images, seed) for name, one in classifiers.items()}
+    for name, plan in plans.items():
+        if begun(folders[name] / FILE_NAME):
+            with Ledger(folders[name]) as ledger:
+                check_run(plan, ledger)
     with _executors(cluster, models, weights, root) as executors:
-        for number, (name, classifier) in enumerate(classifiers.items()):
+        for name, plan in plans.items():  # the clean answers, which tell what else does not fit
+            with Ledger(folders[name], write=True) as ledger:
+                check_run(plan, ledger)
+                prepare(plan, classifiers[name], pictures, labels, ledger)
+        for number, (name, plan) in enumerate(plans.items()):
 
             def tell(at: Progress, name: str = name, number: int = number) -> None:
                 if progress is not None:  # models have different numbers of attacks: each is an equal share
                     done = number + at.done / at.total
-                    progress(round(SHARE * done), SHARE * len(classifiers), f"{name}, {at.attack}")
+                    progress(round(SHARE * done), SHARE * len(plans), f"{name}, {at.attack}")
 
-            evaluate(
-                classifier, dataset, suite=suite, norms=norms, images=images, out=run_folder(out, name, classifier),
-                seed=seed, progress=tell, name=name, root=root, executor=executors(name), probe=probe,
-            )  # fmt: skip
+            with Ledger(folders[name], write=True) as ledger:
+                run(
+                    plan, classifiers[name], pictures, labels, ledger, progress=tell, probe=probe,
+                    executor=executors(name),
+                )  # fmt: skip
     return summarize(out)
+
+
+def _run_folders(out: str | Path, models: Mapping[str, nn.Module]) -> dict[str, Path]:
+    """The run folder of each model. Raises InputError where two that are not in one ledger have the same."""
+    taken: dict[Path, str] = {}
+    folders = {name: run_folder(out, name, classifier) for name, classifier in models.items()}
+    for name, folder in folders.items():
+        if folder in taken and folder != Path(out):
+            raise InputError(
+                f"the models {taken[folder]} and {name} would both go into {folder}: evaluate one of them into another "
+                "output folder"
+            )
+        taken[folder] = name
+    return folders
+
+
+def _check_data(out: str | Path, loaded: tuple[Tensor, Tensor, str, str]) -> None:
+    """Raise InputError where runs in or below ``out`` are on other images and labels: one report tells of them all."""
+    pictures, labels, name, _ = loaded
+    digest = data.digest(pictures, labels)
+    for folder in ledger_folders([out]) if holds_evaluation(out) else ():
+        with Ledger(folder) as ledger:
+            facts = ledger.facts()
+        if facts.get("data_digest", digest) != digest:
+            known = facts.get("data", "unknown")
+            given = f"data {name!r}" if known != name else "other images of that name"
+            raise InputError(
+                f"{folder} holds an evaluation with data {known!r}, this one has {given}: give another output folder"
+            )
 
 
 @contextmanager
@@ -138,6 +182,7 @@ def certify_model(
             f"radius is {radius:g} for {', '.join(norms)} alike, which measure different things: give --norm with "
             "--radius, one of them"
         )
+    _check_data(out, load_split(dataset, "test", root))
     classifier = load_any(model, weights=weights, root=root)
     return certify(
         classifier, dataset, norms=norms, images=images, out=run_folder(out, model, classifier), radius=radius,
@@ -202,6 +247,7 @@ def distal_images(
     models stays. Raises InputError, before anything is computed, where ``out`` holds images that were made another way.
     """
     place = usable_device(device)
+    check_seed(seed)
     way = _way(dataset, root, target=target, count=count, steps=steps, seed=seed)
     classifiers = {name: load_any(name, weights=weights, root=root).to(place) for name in models}
     digests = {name: model_digest(one) for name, one in classifiers.items()}

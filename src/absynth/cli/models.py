@@ -86,11 +86,13 @@ def train(
     """Train a model.
 
     Stopped at any moment, the same command continues."""
+    from absynth.checks import check_seed
     from absynth.inventory import check_trainable
     from absynth.training.recipes import train as run
     from absynth.training.run import what_goes_on
     from absynth.weight_files import read
 
+    check_seed(seed)
     check_trainable(name, out)
     if line := what_goes_on(name, out):
         note(line)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from absynth.attacks.base import Classifier, draw_uniform, generators
 from absynth.attacks.queries import Following, can_follow, rows_of
+from absynth.checks import check_seed
 from absynth.errors import InputError
 from absynth.evaluation.judge import device_of
 from absynth.evaluation.plan import row_seed
@@ -69,8 +70,10 @@ def distal(
     Each image's noise depends on ``seed`` and its number alone, and an image that is done costs nothing more.
     ``progress`` is called with steps done and ``steps``.
 
-    Raises InputError for a class the model does not have and for a model that returns no probabilities (n,K).
+    Raises InputError for a ``seed`` out of range, a class the model does not have, and a model that returns no
+    probabilities (n,K).
     """
+    check_seed(seed)
     device = device_of(classifier)
     sources = generators(torch.tensor([row_seed(seed, number, "distal") for number in range(count)]))
     starts = draw_uniform(sources, torch.zeros(count, *shape, device=device))

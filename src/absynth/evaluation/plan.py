@@ -16,6 +16,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from absynth.attacks.base import Attack, Classifier
+from absynth.checks import check_seed
 from absynth.errors import InputError
 from absynth.evaluation.judge import device_of
 from absynth.responses import ramp_of, threshold_of
@@ -51,8 +52,7 @@ class Plan:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; expected at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed is {self.seed}; expected 0 or more")
+        check_seed(self.seed)
         if not self.images:
             raise InputError("the plan has no images; give at least one")
         if len(set(self.images)) != len(self.images):

@@ -77,24 +77,41 @@ def evaluate(
     """
     label = name or (model if isinstance(model, str) else type(model).__name__)
     classifier = load_model(model) if isinstance(model, str) else model
-    pictures, labels, data_name, split = load_split(data, split, root)
-    plan = Plan(
-        model=label,
-        model_digest=model_digest(classifier),
-        attacks=choose_attacks(suite, norms, classifier),
-        images=image_indices(images, len(pictures)),
-        data=data_name,
-        split=split,
-        data_digest=datasets.digest(pictures, labels),
-        seed=seed,
-        batch_size=(256 if device_of(classifier).type == "cuda" else 32) if batch_size is None else batch_size,
-    )
+    loaded = load_split(data, split, root)
+    plan = make_plan(classifier, label, loaded, suite, norms, images, seed, batch_size)
+    pictures, labels = loaded[:2]
     with Ledger(out, write=True) as ledger:
         run(
             plan, classifier, pictures, labels, ledger, progress=progress, probe=probe, retry_errors=retry_errors,
             executor=executor,
         )  # fmt: skip
     return summarize(out)
+
+
+def make_plan(
+    classifier: nn.Module,
+    name: str,
+    loaded: tuple[Tensor, Tensor, str, str],
+    suite: str | Iterable[Attack],
+    norms: Sequence[str],
+    images: int | Sequence[int],
+    seed: int = 0,
+    batch_size: int | None = None,
+) -> Plan:
+    """What ``evaluate`` does with these arguments, on what ``load_split`` returned. Raises InputError where they do
+    not fit."""
+    pictures, labels, data, split = loaded
+    return Plan(
+        model=name,
+        model_digest=model_digest(classifier),
+        attacks=choose_attacks(suite, norms, classifier),
+        images=image_indices(images, len(pictures)),
+        data=data,
+        split=split,
+        data_digest=datasets.digest(pictures, labels),
+        seed=seed,
+        batch_size=(256 if device_of(classifier).type == "cuda" else 32) if batch_size is None else batch_size,
+    )
 
 
 def run(
