@@ -102,6 +102,18 @@ def test_a_framed_picture_passes_through_untouched(tmp_path):
     assert torch.allclose(load_picture(tmp_path / "black.png"), framed, atol=1e-6)
 
 
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_sixteen_bits_are_read_as_eight_are(tmp_path, ending):
+    path, dim = tmp_path / f"picture.{ending}", 0.157 * seven()[10:38, 6:34]
+    Image.fromarray((dim * 65_535).astype(np.uint16)).save(path)
+    assert torch.allclose(load_picture(path)[0], torch.tensor(dim, dtype=torch.float32), atol=1e-4)
+    paper = np.full((60, 40), 40_000, np.uint16)
+    paper[30, 20] += 1
+    Image.fromarray(paper).save(path)
+    with pytest.raises(InputError, match="too little contrast"):
+        load_picture(path)
+
+
 def test_mnist_images_come_back_from_png_bit_for_bit(tmp_path, mnist_test):
     for image in mnist_test[0][:20]:
         Image.fromarray((image[0] * 255).round().byte().numpy()).save(tmp_path / "digit.png")

@@ -24,6 +24,7 @@ PAPER_NOISE = 0.1  # of the strongest ink: paper grain and compression artifacts
 BOX = 20 / 28  # the side of the box the ink is scaled to, as a part of the image's
 MOST_PIXELS = 89_478_485  # Pillow's own bound: beyond it, a small file may fill the memory
 # No other format is even tried: some of Pillow's readers start programs (EPS starts Ghostscript).
+SIXTEEN_BITS = ("PNG", "PPM")  # whose pixels, where Pillow calls them 32 bits wide, are 16 bits
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
 
 
@@ -32,10 +33,11 @@ def load_picture(path: str | Path | BinaryIO, image_size: int = 28, *, most_pixe
 
     ``path`` may also be an open binary file. A picture of more than ``most_pixels`` is not decoded.
 
-    A gray picture of exactly S×S pixels is already framed: it is returned as it is (value / 255), or inverted if its
-    border is bright. In any other picture, ink is what differs in color from the border, dark on bright or bright on
-    dark: it is cropped, scaled to the box and centered by mass. Transparent pixels count as background. The picture
-    should be evenly lit and show one digit and little else: a shadow, or a speck far from the digit, counts as ink too.
+    A gray picture of exactly S×S pixels is already framed: it is returned as it is (value / 255, of 16 bits / 65535,
+    of 32 bits or floating point stretched from 0 to 1), or inverted if its border is bright. In any other picture, ink
+    is what differs in color from the border, dark on bright or bright on dark: it is cropped, scaled to the box and
+    centered by mass. Transparent pixels count as background. The picture should be evenly lit and show one digit and
+    little else: a shadow, or a speck far from the digit, counts as ink too.
 
     Raises InputError if the file cannot be read, is no picture or too large, is blank or has too little contrast.
     """
@@ -111,6 +113,7 @@ def _read_rgb(source: Path | BinaryIO, named: str, most_pixels: int) -> NDArray[
                 if file.width * file.height > most_pixels:
                     raise Image.DecompressionBombError(f"{file.width} × {file.height}, at most {most_pixels:,}")
                 file.load()
+                wide = file.mode.startswith("I;16") or (file.mode == "I" and file.format in SIXTEEN_BITS)
                 picture = ImageOps.exif_transpose(file)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise InputError(f"{named} has too many pixels ({error}): scale it down first") from error
@@ -123,7 +126,10 @@ def _read_rgb(source: Path | BinaryIO, named: str, most_pixels: int) -> NDArray[
     except (OSError, ValueError, SyntaxError) as error:  # Pillow reports broken files with all three
         raise InputError(f"cannot read the picture {named} ({error}): save it again as PNG") from error
 
-    if picture.mode[0] in "IF":  # 16 or 32 bits a pixel, or floating point: only the contrast matters
+    if wide:
+        scaled = np.asarray(picture, dtype=np.float32) / np.float32(65_535)
+        return np.repeat(scaled[:, :, None], 3, axis=2)
+    if picture.mode[0] in "IF":  # 32 bits a pixel, or floating point: white is not defined, only the contrast matters
         values = np.asarray(picture, dtype=np.float64)
         low, high = values.min(), values.max()
         if not np.isfinite(high - low):
