@@ -209,15 +209,19 @@ def test_damaged_files_of_the_data_set_are_told(digits: Path, tampered: Callable
     assert "images not compared" in notice and "t10k-images-idx3-ubyte" in notice
 
 
+@pytest.mark.parametrize("home", [False, True])
 def test_a_folder_of_pictures_counts_as_long_as_it_is_what_it_was(
-    tmp_path: Path, tampered: Callable[..., Path]
+    tmp_path: Path, tampered: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, home: bool
 ) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    name = "~/pictures" if home else tmp_path / "pictures"
     pictures, labels = data.load("digits", "test")
     for index in range(60):
         where = tmp_path / "pictures" / str(int(labels[index]))
         where.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pictures[index, 0] * 255).byte().numpy()).save(where / f"{index}.png")
-    evaluate(models.digits(), tmp_path / "pictures", suite="none", images=5, out=tmp_path / "run", name=NAME)
+    assert data.at_hand(str(name))
+    evaluate(models.digits(), name, suite="none", images=5, out=tmp_path / "run", name=NAME)
     known = {NAME: models.digits()}
     assert verify(tmp_path / "run", models=known).notices == ()
     copy = tampered(tmp_path / "run", *REPLACED[:2])

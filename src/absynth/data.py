@@ -81,7 +81,7 @@ def load(name: str | Path, split: str, root: str | Path | None = None) -> tuple[
 def at_hand(name: str, split: str = "test", root: str | Path | None = None) -> bool:
     """Whether ``load`` needs no download for this data set."""
     if name not in idx.SOURCES:
-        return name == "digits" or Path(name).is_dir()
+        return name == "digits" or Path(name).expanduser().is_dir()
     folder = None if root is None else Path(root).expanduser()
     return all(idx.find(name, file, folder) is not None for file in idx.FILES[split])
 

@@ -43,7 +43,7 @@ class DataSets:
         name, split = facts.get("data", ""), facts.get("split", "")
         if name in datasets.NAMES and split not in datasets.SPLITS:
             return Compared(((None, f"the data set {name} has no split {split!r}"),))
-        if name not in datasets.NAMES and not (name and Path(name).is_dir()):
+        if name not in datasets.NAMES and not (name and Path(name).expanduser().is_dir()):
             return Compared(reason=f"the run was made on {name or 'data without a name'}, which is no data set at hand")
         try:
             loaded = self._load(name, split)
