@@ -168,6 +168,7 @@ def test_unknown_names_and_splits():
     fails("unknown data set None: known: digits", None, "test")
     fails(r"unknown data set \['mnist'\]: known: digits", ["mnist"], "test")
     fails("unknown split None: known: test, train", "mnist", None)
+    fails(r"^unknown data set \[tensor\(.*: known: digits[^\n]*$", [torch.rand(9, 1, 8, 8), torch.zeros(9)], "test")
 
 
 # Downloads

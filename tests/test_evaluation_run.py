@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ from absynth.evaluation import (
 )
 from absynth.evaluation.folders import holds_evaluation
 from absynth.evaluation.ledger import FILE_NAME
-from absynth.evaluation.plan import choose_attacks, row_seed
+from absynth.evaluation.plan import choose_attacks, image_indices, row_seed
 from absynth.evaluation.run import Progress
 from absynth.norms import L2
 from absynth.prototypes import PrototypeABS
@@ -348,6 +349,10 @@ def test_labels_are_checked_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="image 299 has label 3, the model has 3 classes"):
         run(tmp_path, data=(pictures, labels), images=300, suite="none")
     assert run(tmp_path, suite="none")["net"].clean_accuracy == 0.75
+
+
+def test_a_count_of_images_may_be_numpys() -> None:
+    assert image_indices(np.int64(3), 5) == (0, 1, 2)
 
 
 def test_models_by_factory() -> None:

@@ -79,6 +79,9 @@ def test_rows_of_a_run(tmp_path: Path) -> None:
     frame = rows_frame(tmp_path)
     assert len(frame) == 8 and set(frame["model"]) == {"net"} and set(frame["attack"]) == {"boundary-projection-l2"}
     assert (frame.loc[frame["status"] == "misclassified", "distance"] == 0).all()
+    models.run(tmp_path / "clean", suite="none")
+    empty = rows_frame(tmp_path / "clean")
+    assert len(empty) == 0 and list(empty.columns) == list(frame.columns)
 
 
 def test_bad_exports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,7 @@ def rows_frame(*folders: str | Path) -> Frame:
     Raises InputError when pandas is missing or a run cannot be read.
     """
     pandas = _pandas()
+    numbers = ("image", "seed", "label", "distance", "status", "forward", "backward", "seconds")
     lines = []
     for folder in ledger_folders(folders):
         with Ledger(folder) as ledger:
@@ -64,9 +65,8 @@ def rows_frame(*folders: str | Path) -> Frame:
                 for row in ledger.rows(record.digest, images=False):
                     line = {"model": record.name, "digest": row.model, "attack": attacks[row.attack].name}
                     line |= {"parameters": row.attack, "norm": row.norm}
-                    numbers = ("image", "seed", "label", "distance", "status", "forward", "backward", "seconds")
                     lines.append(line | {key: getattr(row, key) for key in numbers})
-    return pandas.DataFrame(lines)
+    return pandas.DataFrame(lines, columns=["model", "digest", "attack", "parameters", "norm", *numbers])
 
 
 def save(frame: Frame, path: str | Path) -> Path:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -163,7 +164,8 @@ def model_digest(model: Classifier) -> str:
 
 def image_indices(images: int | Sequence[int], available: int) -> tuple[int, ...]:
     """The first ``images`` indices, or the given ones. Raises InputError for any that is not there."""
-    if isinstance(images, int):
+    if isinstance(images, int | Integral):  # the latter: NumPy's
+        images = int(images)
         if not 1 <= images <= available:
             raise InputError(f"images is {images}; this split has {available}: give a number from 1 to {available}")
         return tuple(range(images))
