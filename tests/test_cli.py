@@ -161,11 +161,19 @@ def test_long_work_says_where_it_is(capsys: pytest.CaptureFixture[str], monkeypa
     ]
 
 
-def test_usage_error(run: Run) -> None:
-    result = run("classify")
-    assert result.code == 2
-    assert "image" in result.err.lower()
-    assert result.out == ""
+@pytest.mark.parametrize(
+    ("arguments", "expected", "help_of"),
+    [
+        (("classify",), "image", "absynth classify"),
+        (("evaluate", "--images", "abc"), "--images", "absynth evaluate"),
+        (("evalate",), "evalate", "absynth"),
+        (("--nothing",), "--nothing", "absynth"),
+    ],
+)
+def test_usage_error(run: Run, arguments: tuple[str, ...], expected: str, help_of: str) -> None:
+    result = run(*arguments)
+    assert_error(result, f"see '{help_of} --help'")
+    assert expected in result.err.lower() and len(result.err.splitlines()) == 1
 
 
 # data

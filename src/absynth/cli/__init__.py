@@ -5,10 +5,12 @@ Heavy modules are imported inside the commands, so that ``absynth --help`` answe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
@@ -24,16 +26,37 @@ from absynth.cli.runs import compare, merge, report, verify
 from absynth.cli.tour import quickstart
 from absynth.errors import InputError
 
+#: A command, option or value that does not exist: an exception of click, of which Typer may have a copy of its own.
+_Misuse: Any = typer.BadParameter.__mro__[1]
+
 
 class _Commands(TyperGroup):
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _in_one_line(ctx):
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _in_one_line(ctx):
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Stopped("nothing was lost that was finished; run the same command again") from None
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)  # in the order below, not of the alphabet
+
+
+@contextlib.contextmanager
+def _in_one_line(context: Any) -> Iterator[None]:
+    """Misuse as InputError, which names the help of the command, except that of no command at all: that shows the
+    help."""
+    try:
+        yield
+    except _Misuse as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            raise
+        text = " ".join(error.format_message().split()).removesuffix(".")
+        raise InputError(f"{text}; see '{(error.ctx or context).command_path} --help'") from error
 
 
 app = typer.Typer(
