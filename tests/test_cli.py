@@ -230,6 +230,15 @@ def test_models_missing(run: Run, tmp_path: Path) -> None:
     (line,) = result.err.splitlines()  # one for all models
     assert line.startswith("abs, binary-abs, cnn") and f"no weight file in {tmp_path}" in line
     assert f"absynth train NAME --out {tmp_path}" in line
+def test_damaged_training_data_leave_out_the_model_that_needs_them(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03 cut off")
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    found = document(run("models", "--root", tmp_path, "--json"))["models"]
+    assert "train-images-idx3-ubyte" in found["nearest-neighbor"]["problem"]
+
+
 
 
 # evaluate --attacks none

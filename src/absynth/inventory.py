@@ -94,8 +94,11 @@ def describe_model(name: str, *, folder: str | Path | None = None, root: str | P
     path = zoo.path_of(name, folder)
     description = zoo.DESCRIPTIONS[name]
     if name == "nearest-neighbor" and folder is None and not path.exists():
-        at_hand = data.at_hand("mnist", "train", root)
-        problem = None if at_hand else "needs MNIST's training images: run 'absynth data mnist --download'"
+        try:
+            at_hand = data.at_hand("mnist", "train", root)
+            problem = None if at_hand else "needs MNIST's training images: run 'absynth data mnist --download'"
+        except InputError as error:  # damaged
+            problem = str(error)
         return Model(name, description, parameters=0, data="mnist", problem=problem)
     if folder is None and not path.exists():
         return Model(name, description, problem="not shipped; train with 'absynth train NAME --out weights'")
