@@ -228,6 +228,8 @@ def test_models_missing(run: Run, tmp_path: Path) -> None:
     result = run("models", "--weights", tmp_path)
     assert result.code == 0
     (line,) = result.err.splitlines()  # one for all models
+
+
     assert line.startswith("abs, binary-abs, cnn") and f"no weight file in {tmp_path}" in line
     assert f"absynth train NAME --out {tmp_path}" in line
 def test_damaged_training_data_leave_out_the_model_that_needs_them(

@@ -41,6 +41,7 @@ from absynth.checks import check_images
 from absynth.errors import InputError
 from absynth.least import LEAST, MARGIN
 from absynth.nearest import relative_error
+from absynth.norms import listed
 from absynth.planes import Planes, Prototypes, View, gaining, smallest_radius, weighted_squares
 from absynth.threads import side_by_side
 
@@ -108,7 +109,7 @@ class Certifier:
 
     def radii(self, images: Tensor, labels: Tensor, norms: Iterable[str]) -> dict[str, Tensor]:
         """As ``certified_radii``."""
-        wanted = tuple(norms)
+        wanted = listed(*norms)
         check_norms(wanted)
         check_images(images, channels=images.shape[1] if images.ndim == 4 else 1, size=None)
         if images[0].numel() != self.prototypes.points.shape[1]:

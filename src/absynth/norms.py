@@ -149,6 +149,12 @@ LINF: Norm = _LInf()
 NORMS = {norm.name: norm for norm in (L0, L1, L2, LINF)}
 
 
+def listed(*given: str) -> tuple[str, ...]:
+    """The names of norms as ``NORMS`` spells them, from names in any case, of which several may stand in one text,
+    separated by commas. Unknown ones stay, for ``parse`` to refuse."""
+    return tuple(name.strip().lower() for text in given for name in text.split(","))
+
+
 def parse(name: str) -> Norm:
     """The norm called "l0", "l1", "l2" or "linf", in any case. Raises InputError for any other name."""
     if name.lower() not in NORMS:

@@ -39,6 +39,7 @@ from absynth.evaluation.ledger import Ledger
 from absynth.evaluation.reporting import Report, report
 from absynth.evaluation.run import Executor, check_run, load_split, make_plan, prepare, run
 from absynth.inventory import describe_model
+from absynth.norms import listed
 
 COSTLY = ("smoothed-cnn",)  # attacked only when asked for by name
 
@@ -176,6 +177,7 @@ def certify_model(
 
     Raises InputError for a ``radius`` that would stand for several norms: 1.5 is a little in L1 and all in L-infinity.
     """
+    norms = listed(*norms)
     check_request(norms, radius)  # before the model is loaded, which takes seconds
     if radius is not None and len(set(norms)) > 1:
         raise InputError(

@@ -46,6 +46,7 @@ def attacks(json: Json = False) -> None:
 
 
 def evaluate(
+    context: typer.Context,
     model: Models = None,
     attacks: Annotated[
         str, typer.Option("--attacks", "--suite", help="none, quick, paper, strong, or attacks separated by commas.")
@@ -66,14 +67,18 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure models, clean or under attack."""
-    from absynth.norms import parse
+    from absynth.norms import listed, parse
 
-    for norm in norms.split(","):
+    wanted = listed(norms)
+    for norm in wanted:
         parse(norm)  # before models are loaded, and where nothing is attacked too
     models = model or _at_hand(weights, root, cheap=attacks != "none")
     if attacks == "none":
         from absynth.clean import measure_models
 
+        idle = [f"--{name}" for name in ("norms", "out", "seed", "cluster") if _is_given(context, name)]
+        if idle:
+            note(f"without attacks {', '.join(idle)} {'do' if idle[1:] else 'does'} nothing: --suite quick attacks")
         with progress("evaluating") as report:
             clean = measure_models(models, data, images, weights=weights, root=root, progress=report, device=device)
         if json:
@@ -88,8 +93,8 @@ def evaluate(
         note(line)
     with kept(ROWS, out), progress("attacking") as report:
         summary = evaluate_models(
-            models, data, suite=attacks, norms=norms.split(","), images=100 if images is None else images, out=out,
-            seed=seed, weights=weights, root=root, progress=report, cluster=cluster, device=device,
+            models, data, suite=attacks, norms=wanted, images=100 if images is None else images, out=out, seed=seed,
+            weights=weights, root=root, progress=report, cluster=cluster, device=device,
         )  # fmt: skip
     if json:
         emit(summary.to_json())
@@ -262,6 +267,12 @@ def _at_hand(weights: Path | None, root: Path | None, *, cheap: bool) -> list[st
             "no model has weights here: run 'absynth train abs --out weights' and add the option --weights weights"
         )
     return found
+
+
+def _is_given(context: typer.Context, option: str) -> bool:
+    """Whether the user has given an option, or its default value stands for it."""
+    source = context.get_parameter_source(option)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _show_clean(found: dict[str, Clean]) -> None:

@@ -22,6 +22,7 @@ from absynth.evaluation.rows import Certificate, CertificateKind
 from absynth.evaluation.run import check_run, load_split, prepare
 from absynth.evaluation.statistics import wilson_interval
 from absynth.evaluation.summary import THRESHOLDS, UNION
+from absynth.norms import listed
 
 BATCH = 32  # images of a transaction
 Told = Callable[[int, int, str], None]
@@ -114,6 +115,7 @@ def certify(
     Interrupted, it loses at most 32 images; called again, it goes on. Raises InputError for a radius that is negative,
     NaN or infinite, for unknown norms, and for a model without certificates.
     """
+    norms = listed(*norms)
     check_request(norms, radius)
     kind: CertificateKind = "estimate" if estimates else "exact"
     label = name or (model if isinstance(model, str) else type(model).__name__)
