@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 from PIL import Image
 
 from absynth import data, zoo
+from absynth.clean import load_any
 from command_line import Run, assert_error, document
 from small_models import save_picture, write_all
 
@@ -33,6 +36,20 @@ def test_classify_without_analysis(run: Run, weights: Path, pictures: list[Path]
     expected = zoo.load("cnn", folder=weights)(data.load_picture(pictures[0])[None]).softmax(1)[0]
     assert one["energies"] is None
     assert list(one["probabilities"].values()) == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_classify_with_a_model_of_ones_own(
+    run: Run, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    own = ("classify", pictures[0], "--model")
+    (one,) = document(run(*own, "evaluation_models:digits", "--json"))["images"]
+    expected = load_any("evaluation_models:digits")(data.load_picture(pictures[0])[None]).softmax(1)[0]
+    assert one["label"] == str(int(expected.argmax()))
+    assert list(one["probabilities"].values()) == pytest.approx(expected.tolist(), rel=1e-4)
+    assert_error(run(*own, "evaluation_models:silent"), "the model returned NaN for 1 of 1 images")
+    assert_error(run(*own, "evaluation_models:linear"), "the model raised RuntimeError")
+    assert_error(run(*own, "evaluation_models:digits", "--explain", tmp_path / "why.png"), "no analysis")
 
 
 def test_classify_refuses(run: Run, tmp_path: Path, pictures: list[Path]) -> None:
@@ -92,6 +109,9 @@ def test_what_is_no_picture_does_not_keep_the_others_from_their_answers(
     assert [one["file"] for one in answers["images"]] == [str(pictures[0]), str(pictures[1])]
     assert len(answers["unreadable"]) == 2 and "none.png" in answers["unreadable"][1]
     assert "unreadable" not in document(run("classify", *pictures, *at, "--json"))
+    nothing = run("classify", broken, *at, "--json")
+    assert nothing.code == 2 and len(json.loads(nothing.out)["unreadable"]) == 1
+    assert json.loads(nothing.out)["images"] == []
 
 
 @pytest.mark.parametrize("damage", ["truncated", "tampered", "another file"])
@@ -107,3 +127,17 @@ def test_damaged_weights(run: Run, weights: Path, pictures: list[Path], tmp_path
     result = run("classify", pictures[0], "--model", "cnn", "--weights", tmp_path)
     assert_error(result, str(tmp_path / "cnn.safetensors"), "replace it by an intact copy")
     assert "cnn" in run("models", "--weights", tmp_path).err
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [(None, "is no weight file of absynth"), ({"format": "pt"}, "is no weight file of absynth")]
+    + [({"absynth": text}, "is unreadable or truncated") for text in ("3", "[1]", "{")]
+    + [({"absynth": "[]"}, "does not match the digest")],
+)
+def test_a_header_that_is_none(
+    run: Run, pictures: list[Path], tmp_path: Path, header: dict[str, str] | None, message: str
+) -> None:
+    path = tmp_path / "cnn.safetensors"
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, path, header)
+    assert_error(run("classify", pictures[0], "--model", path), f"{path} {message}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -66,6 +68,29 @@ def check_logits(answer: object, count: int, classes: int | None = None) -> Tens
             f"the model returned {answer.shape[1]} classes, before it was {classes}: expected the same each time"
         )
     return answer.float()
+
+
+def logits_of(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """What a model answers to images (B,C,H,W), if these are logits (B,K), finite numbers. Raises InputError for any
+    other answer, and for a model that fails."""
+    try:
+        logits = model(images)
+    except InputError:
+        raise
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(
+            f"the model raised {text} on images {tuple(images.shape)}: it has to answer float32 images (B,C,H,W) in "
+            "[0,1] with logits (B,K)"
+        ) from error
+    checked = check_logits(logits, len(images))
+    bad = int((~checked.isfinite()).any(1).sum())
+    if bad:
+        what = "NaN" if checked.isnan().any() else "infinity"
+        raise InputError(
+            f"the model returned {what} for {bad} of {len(images)} images: expected logits that are finite numbers"
+        )
+    return checked
 
 
 def usable_device(name: str | torch.device) -> torch.device:

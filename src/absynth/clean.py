@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from absynth import data, zoo
-from absynth.checks import check_logits, usable_device
+from absynth.checks import logits_of, usable_device
 from absynth.errors import InputError, unknown_name
 from absynth.evaluation.doubts import PROBED, answer_doubts
 from absynth.evaluation.judge import device_of
@@ -53,31 +53,9 @@ def answers(model: Callable[[Tensor], Tensor], images: Tensor) -> tuple[Tensor, 
     The label is that of the largest logit: the posterior of an image that nothing explains may be uniform. Raises
     InputError for a model that fails, or whose answers are no logits.
     """
-    logits = _logits(model, images).double()
+    logits = logits_of(model, images).double()
     posterior: Any = getattr(model, "posterior", None)
     return logits.argmax(1), logits.softmax(1) if posterior is None else posterior(logits)
-
-
-def _logits(model: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """What the model answers, if these are logits (B,K)."""
-    try:
-        logits = model(images)
-    except InputError:
-        raise
-    except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(
-            f"the model raised {text} on images {tuple(images.shape)}: it has to answer float32 images (B,C,H,W) in "
-            "[0,1] with logits (B,K)"
-        ) from error
-    checked = check_logits(logits, len(images))
-    bad = int((~checked.isfinite()).any(1).sum())
-    if bad:
-        what = "NaN" if checked.isnan().any() else "infinity"
-        raise InputError(
-            f"the model returned {what} for {bad} of {len(images)} images: expected logits that are finite numbers"
-        )
-    return checked
 
 
 def measure(

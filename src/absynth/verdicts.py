@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from absynth import data, weight_files, zoo
 from absynth.certificates import HasPrototypes, certified_radii
+from absynth.checks import logits_of
 from absynth.classifiers import Calibrated
 from absynth.errors import InputError
 from absynth.inventory import check_writable, label_names
@@ -47,19 +48,17 @@ def classify_pictures(
     explain: str | Path | None = None,
     unreadable: Callable[[InputError], None] | None = None,
 ) -> list[Verdict]:
-    """Classify picture files with the model of this name, from the folder ``weights``, or of this weight file.
+    """Classify picture files with the model of this name, from the folder ``weights``, or of this weight file, or made
+    by ``package.module:factory``.
 
     ``explain`` names the figure to draw (several images: numbered, out-1.png, out-2.png). Raises InputError for unknown
     models, damaged weights, files that are no pictures, and for ``explain`` with a model that has no analysis.
     ``unreadable`` is told of files that are no pictures instead, and the others are classified.
     """
     figures = _figure_files(Path(explain), len(files)) if explain is not None else [None] * len(files)
-    classifier = zoo.load(model, folder=weights)
+    classifier, header = _load(model, weights)
     if explain is not None and not isinstance(classifier, Calibrated):
         raise InputError(f"model {str(model)!r} has no analysis to draw: use abs, or leave out --explain")
-    path = zoo.path_of(model, weights)
-    # nearest-neighbor needs no weight file: it is made from the MNIST training images
-    header: dict[str, Any] = weight_files.read(path).header if path.exists() else {"data": "mnist", "config": {}}
     size = (
         classifier.image_shape[1] if isinstance(classifier, Calibrated) else int(header["config"].get("image_size", 28))
     )
@@ -74,10 +73,7 @@ def classify_pictures(
             energies = analysis.energies[0].tolist()
             best = int(analysis.labels)
         else:
-            with torch.no_grad():
-                posterior = classifier(image).softmax(1)
-            best = int(posterior.argmax())
-            refused = False
+            best, posterior, refused = _answer(classifier, image)
         certified = None
         if isinstance(classifier, HasPrototypes):
             radii = certified_radii(classifier, image, torch.tensor([best]))
@@ -100,6 +96,29 @@ def classify_pictures(
             )
         )
     return found
+
+
+def _load(model: str | Path, weights: str | Path | None) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the header of its weight file; one that stands for it where there is none: the digits of MNIST."""
+    without: dict[str, Any] = {"data": "mnist", "config": {}}
+    if ":" in str(model):
+        from absynth.clean import load_any  # here: nothing else needs what it imports
+
+        return load_any(str(model)), without
+    classifier = zoo.load(model, folder=weights)
+    path = zoo.path_of(model, weights)
+    # nearest-neighbor needs no weight file: it is made from the MNIST training images
+    return classifier, weight_files.read(path).header if path.exists() else without
+
+
+@torch.no_grad()
+def _answer(classifier: Any, image: Tensor) -> tuple[int, Tensor, bool]:
+    """The label of an image (1,C,S,S), p(class | image) (1,K), and whether the model, which has no analysis, refuses
+    it."""
+    logits = logits_of(classifier, image)
+    own, refuses = (getattr(classifier, name, None) for name in ("posterior", "refuses"))
+    posterior = logits.softmax(1) if own is None else own(logits)
+    return int(logits.argmax()), posterior, refuses is not None and bool(refuses(posterior))
 
 
 def _readable(

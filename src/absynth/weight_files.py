@@ -36,15 +36,22 @@ class WeightFile:
 
 
 def read(path: str | Path) -> WeightFile:
-    """The content of a weight file, its digest checked. Raises InputError if it is missing, damaged or altered."""
+    """The content of a weight file, its digest checked. Raises InputError if it is missing, none of
+    absynth, damaged or altered."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no weight file at {path}: train it with 'absynth train {path.stem} --out {path.parent}'")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["absynth"])
+            text = (file.metadata() or {}).get("absynth")
+            if text is None:
+                raise InputError(
+                    f"{path} is no weight file of absynth: its header has no 'absynth', which 'absynth train' writes; "
+                    "give one that it wrote"
+                )
+            header = dict(json.loads(text))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (safetensors.SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (safetensors.SafetensorError, OSError, TypeError, json.JSONDecodeError) as error:
         raise InputError(
             f"weight file {path} is unreadable or truncated ({error}): replace it by an intact copy"
         ) from error

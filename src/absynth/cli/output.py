@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,8 +36,21 @@ def note(line: str) -> None:
 
 
 def emit(document: Any) -> None:
-    """The one JSON document of a command, on stdout."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    """The one JSON document of a command, on stdout; numbers that are not finite, which JSON lacks, are null."""
+    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def apart() -> contextlib.AbstractContextManager[Any]:
+    """Within it, what a user's model prints goes to stderr: stdout is for results."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
@@ -57,7 +71,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
 @contextlib.contextmanager
 def progress(title: str) -> Iterator[Report]:
     """A progress bar with the time left on stderr; where stderr is no terminal, a line for every tenth, and for every
-    five minutes."""
+    five minutes. What a model prints meanwhile goes to stderr too."""
+    with apart():
+        yield from _shown(title)
+
+
+def _shown(title: str) -> Iterator[Report]:
     if not sys.stderr.isatty():
         yield _lines(title)
         return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from absynth.cli.options import Json, Weights
-from absynth.cli.output import emit, note
+from absynth.cli.output import apart, emit, note
 from absynth.errors import InputError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _NORMS = {"l0": "L0 (pixels)", "l1": "L1", "l2": "L2", "linf": "L∞"}
 
 def classify(
     image: Annotated[list[str], typer.Argument(help="Pictures of any size and color, ink on paper or white on black.")],
-    model: Annotated[str, typer.Option(help="A model's name, or a weight file.")] = "abs",
+    model: Annotated[str, typer.Option(help="A model's name, a weight file, or package.module:factory.")] = "abs",
     weights: Weights = None,
     explain: Annotated[
         Path | None,
@@ -33,8 +33,9 @@ def classify(
     from absynth.verdicts import classify_pictures
 
     unreadable: list[InputError] = []
-    found = classify_pictures(image, model, weights=weights, explain=explain, unreadable=unreadable.append)
-    if json and found:
+    with apart():
+        found = classify_pictures(image, model, weights=weights, explain=explain, unreadable=unreadable.append)
+    if json:
         problems = {"unreadable": [str(error) for error in unreadable]} if unreadable else {}
         emit({"model": model, "images": [_document(one) for one in found], **problems})
     else:
