@@ -144,6 +144,33 @@ def silent() -> nn.Module:
     return Silent(pixels=784, classes=10)
 
 
+class Opaque(Linear):
+    """Keeps its gradient to itself."""
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images)
+
+
+def without_gradient() -> nn.Module:
+    """A factory for the embedded digits of a model without gradient."""
+    return Opaque(pixels=784, classes=10)
+
+
+class Chatty(Linear):
+    """Prints when it is asked."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        print("answering")
+        return super().forward(images)
+
+
+def chatty() -> nn.Module:
+    """A factory for the embedded digits that prints, of a model that does."""
+    print("loading")
+    return Chatty(pixels=784, classes=10)
+
+
 def no_module() -> str:
     """A factory that is none."""
     return "nothing"

@@ -16,8 +16,6 @@ import absynth
 from absynth import data, weight_files, zoo
 from absynth.cli import app
 from absynth.cli.output import progress
-from absynth.evaluation import Ledger, load_distal, save_distal
-from absynth.reproduction import distal_images, evaluate_models
 from command_line import Run, assert_error, document
 
 ROOT = Path(__file__).parent.parent
@@ -228,10 +226,10 @@ def test_models_missing(run: Run, tmp_path: Path) -> None:
     result = run("models", "--weights", tmp_path)
     assert result.code == 0
     (line,) = result.err.splitlines()  # one for all models
-
-
     assert line.startswith("abs, binary-abs, cnn") and f"no weight file in {tmp_path}" in line
     assert f"absynth train NAME --out {tmp_path}" in line
+
+
 def test_damaged_training_data_leave_out_the_model_that_needs_them(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,8 +237,6 @@ def test_damaged_training_data_leave_out_the_model_that_needs_them(
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     found = document(run("models", "--root", tmp_path, "--json"))["models"]
     assert "train-images-idx3-ubyte" in found["nearest-neighbor"]["problem"]
-
-
 
 
 # evaluate --attacks none
@@ -263,6 +259,21 @@ def test_evaluate(run: Run, weights: Path) -> None:
     assert everything.code == 0
     for name in zoo.names():
         assert f" {name} " in everything.out
+
+
+def test_what_does_nothing_without_attacks_is_said(run: Run, weights: Path, tmp_path: Path) -> None:
+    options = ("evaluate", "--data", "digits", "--weights", weights, "--model", "cnn", "--images", 3)
+    assert "does nothing" not in run(*options).err
+    idle = run(*options, "--out", tmp_path / "run", "--seed", 0).err
+    assert "without attacks --out, --seed do nothing: --suite quick attacks\n" in idle
+
+
+def test_norms_are_spelled_as_one_likes(run: Run, weights: Path, tmp_path: Path) -> None:
+    options = ("--data", "digits", "--weights", weights, "--images", 2, "--out", tmp_path, "--json")
+    attacked = run("evaluate", "--model", "cnn", "--suite", "fgm, fgsm", "--norms", "L2, linf ", *options)
+    assert {"l2", "linf"} <= set(document(attacked)["models"]["cnn"])
+    certified = document(run("certify", "--model", "nearest-neighbor", "--norm", "L2,l1", "--norm", "LINF", *options))
+    assert list(certified["norms"]) == ["l2", "l1", "linf"]
 
 
 def test_evaluate_errors(run: Run, weights: Path, tmp_path: Path) -> None:
@@ -308,111 +319,6 @@ def test_attacked(run: Run, weights: Path, tmp_path: Path) -> None:
     files = document(run("report", tmp_path / "one", "--json"))
     assert all(Path(path).stat().st_size > 0 for path in files.values())
     assert_error(run("report", tmp_path / "nothing"), "nothing")
-
-
-def test_distal_images_go_on_after_the_last_model(weights: Path, tmp_path: Path) -> None:
-    def images(*models: str, stop: str | None = None) -> list[str]:
-        """The models whose images were made."""
-        made: list[str] = []
-
-        def tell(_done: int, _total: int, name: str) -> None:
-            if name == stop:
-                raise KeyboardInterrupt
-            made.append(name)
-
-        found = distal_images(models, tmp_path, dataset="digits", count=2, steps=1, weights=weights, progress=tell)
-        assert list(found) == list(models)
-        return made
-
-    with pytest.raises(KeyboardInterrupt):
-        images("cnn", "abs", stop="abs")
-    assert list(load_distal(tmp_path)) == ["cnn"]
-    assert images("cnn", "abs") == ["abs"] and images("abs", "cnn") == []
-    assert images("transfer-cnn") == ["transfer-cnn"]
-    assert list(load_distal(tmp_path)) == ["transfer-cnn", "cnn", "abs"]  # what is there stays
-    seen: list[tuple[int, int]] = []
-    distal_images(
-        ["cnn", "madry"], tmp_path / "other", dataset="digits", count=2, steps=3, weights=weights,
-        progress=lambda done, total, _name: seen.append((done, total)),
-    )  # fmt: skip
-    assert seen == sorted(seen) and seen[-1] == (6, 6)  # one bar for both models, which ends where it says
-
-
-def test_distal_images_made_another_way_are_not_lost(run: Run, weights: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    start = ("distal", "--data", "digits", "--weights", weights, "--out", out)
-    made = (*start, "--count", 2, "--steps", 1)
-    assert run(*made, "--model", "cnn").code == 0
-    there = (out / "distal.safetensors").read_bytes()
-    lost = f"{out} holds distal images of cnn "
-    for changed, differs in {
-        ("--count", 2, "--steps", 3, "--target", 2): "with target 1, steps 1, these would be with target 2, steps 3:",
-        ("--count", 1, "--steps", 1, "--seed", 7): "with count 2, seed 0, these would be with count 1, seed 7:",
-    }.items():
-        assert_error(run(*start, *changed, "--model", "madry"), lost + differs)
-        assert_error(run(*start, *changed, "--model", "cnn"), lost + differs)
-    (tmp_path / "weights").mkdir()
-    (tmp_path / "weights" / "cnn.safetensors").write_bytes((weights / "transfer-cnn.safetensors").read_bytes())
-    assert_error(run(*made, "--model", "cnn", "--weights", tmp_path / "weights"), f"{lost}of another model")
-    assert_error(run("reproduce", *start[1:], "--model", "cnn"), lost + "with count 2, steps 1, these")
-    assert (out / "distal.safetensors").read_bytes() == there and list(out.iterdir()) == [out / "distal.safetensors"]
-    save_distal(out, load_distal(out))
-    assert_error(run(*made, "--model", "madry"), f"{lost}that do not say how they were made")
-
-
-def test_progress_rises_from_model_to_model(weights: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int, str]] = []
-    evaluate_models(
-        ["cnn", "madry"], "digits", suite="fgm", norms=["l2"], images=3, weights=weights, out=tmp_path, probe=False,
-        progress=lambda *step: seen.append(step),
-    )  # fmt: skip
-    done = [step[0] / step[1] for step in seen]
-    assert done == sorted(done) and done[-1] == 1
-    assert done[[step[2] for step in seen].index("cnn, fgm-l2")] == 0.5  # all of the first of two
-
-
-def test_what_is_wrong_with_any_model_is_found_before_the_first_is_attacked(
-    run: Run, weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "tests")
-    out = tmp_path / "run"
-    start = ("evaluate", "--weights", weights, "--images", 2, "--norms", "l2", "--data", "digits", "--out", out)
-    cnn = (*start, "--suite", "fgm", "--model", "cnn")
-    assert_error(run(*cnn, "--model", weights / "cnn.safetensors"), "both go into", str(out / "cnn"))
-    latent = ("--suite", "latent-descent", "--model", "abs", "--model", "cnn")
-    assert_error(run(*start, *latent), "has no attack in l2 for this model")
-    assert not out.exists()
-    assert_error(run(*cnn, "--images", 9, "--model", "evaluation_models:few"), "the model has 3 classes")
-    with Ledger(out / "cnn") as ledger:
-        assert not [row for record in ledger.models() for row in ledger.keys(record.digest)]
-    assert run(*start, "--suite", "fgm", "--model", "madry", "--seed", 1).code == 0
-    assert_error(run(*cnn, "--model", "madry"), f"{out / 'madry'} holds rows of seed 1")
-
-
-def test_runs_on_several_data_sets_do_not_mix(run: Run, weights: Path, pictures: list[Path], tmp_path: Path) -> None:
-    for label in "01":
-        (tmp_path / "own" / label).mkdir(parents=True)
-        for number in range(2):
-            (tmp_path / "own" / label / f"{number}.png").write_bytes(pictures[number].read_bytes())
-    out = tmp_path / "run"
-    start = ("--weights", weights, "--images", 2, "--out", out)
-    attack = ("evaluate", "--suite", "fgm", "--norms", "l2", *start)
-    assert run(*attack, "--model", "cnn", "--data", "digits").code == 0
-    message = f"{out / 'cnn'} holds an evaluation with data 'digits', this one has data '{tmp_path / 'own'}'"
-    other = ("--data", tmp_path / "own")
-    assert_error(run(*attack, "--model", "madry", *other), message)
-    assert_error(run("certify", "--model", "nearest-neighbor", *start, *other), message)
-    assert_error(run("reproduce", "--model", "madry", "--suite", "fgm", *start, *other), message)
-    assert sorted(one.name for one in out.iterdir()) == ["cnn"]
-
-
-@pytest.mark.parametrize("seed", [-1, 2**63])
-@pytest.mark.parametrize("command", ["evaluate", "distal", "reproduce", "train"])
-def test_a_number_that_is_no_seed(run: Run, weights: Path, tmp_path: Path, command: str, seed: int) -> None:
-    model = ("cnn",) if command == "train" else ("--model", "cnn", "--weights", weights)
-    suite = () if command in ("distal", "train") else ("--suite", "fgm")
-    result = run(command, *model, *suite, "--data", "digits", "--out", tmp_path / "run", "--seed", seed)
-    assert_error(result, f"seed is {seed}; expected a whole number from 0 to")
 
 
 # quickstart

@@ -242,11 +242,14 @@ def distal_images(
     root: str | Path | None = None,
     progress: Told | None = None,
     device: str | torch.device = "cpu",
+    unfit: Callable[[InputError], None] | None = None,
 ) -> dict[str, Distal]:
     """What each model calls class ``target`` with over 90 % although it began as noise; written into ``out``.
 
     Written after each model, so that the same call goes on after the last one that was finished. What is there of other
-    models stays. Raises InputError, before anything is computed, where ``out`` holds images that were made another way.
+    models stays. Raises InputError, before anything is computed, where ``out`` holds images that were made another way,
+    and for a model that none can be made for: it has no gradient, for one. ``unfit`` is told of such a model instead,
+    and the others go on.
     """
     place = usable_device(device)
     check_seed(seed)
@@ -264,16 +267,23 @@ def distal_images(
             if progress is not None:  # of all models: each is an equal share
                 progress(number * steps + done, len(todo) * steps, name)
 
-        one = distal(
-            classifiers[name], target, count=count, shape=way["shape"], steps=steps, seed=seed,
-            progress=lambda done, _total, tell=tell: tell(done),  # type: ignore[misc]
-        )  # fmt: skip
+        try:
+            one = distal(
+                classifiers[name], target, count=count, shape=way["shape"], steps=steps, seed=seed,
+                progress=lambda done, _total, tell=tell: tell(done),  # type: ignore[misc]
+            )  # fmt: skip
+        except InputError as error:
+            problem = InputError(f"{name}: {error}")
+            if unfit is None:
+                raise problem from error
+            unfit(problem)
+            continue
         if reached < steps:
             tell(steps)  # most images take far fewer
         there[name] = one, f"{digests[name]} {json.dumps(way)}"
         names = [*(name for name in models if name in there), *(name for name in there if name not in models)]
         save_distal(out, {name: there[name][0] for name in names}, {name: there[name][1] for name in names})
-    return {name: there[name][0] for name in models}
+    return {name: there[name][0] for name in models if name in there}
 
 
 def _way(dataset: str | Path, root: str | Path | None, **options: int) -> dict[str, Any]:
@@ -324,9 +334,11 @@ def reproduce(
     progress: Told | None = None,
     cluster: str | None = None,
     device: str | torch.device = "cpu",
+    unfit: Callable[[InputError], None] | None = None,
 ) -> Report:
     """The paper's evidence: every model under the paper's attacks and the strong ones, distal images, the report.
 
+    A model that no distal images can be made for is left out there; ``unfit`` is told of it.
     ``cluster`` is the address of a Ray cluster for the attacks, see ``absynth.distributed.connect``.
     """
     _made_alike(out, _way(dataset, root, target=1, count=5, steps=10_000, seed=seed), {})  # before days of attacks
@@ -334,5 +346,8 @@ def reproduce(
         models, dataset, suite=suite, images=images, out=out, seed=seed, weights=weights, root=root, progress=progress,
         cluster=cluster, device=device,
     )  # fmt: skip
-    distal_images(models, out, dataset=dataset, seed=seed, weights=weights, root=root, progress=progress, device=device)
+    distal_images(
+        models, out, dataset=dataset, seed=seed, weights=weights, root=root, progress=progress, device=device,
+        unfit=unfit or (lambda _: None),
+    )  # fmt: skip
     return report(out)

@@ -14,7 +14,7 @@ from absynth.errors import InputError
 
 if TYPE_CHECKING:
     from absynth.clean import Clean
-    from absynth.evaluation import Summary
+    from absynth.evaluation import Distal, Summary
 
 Data = Annotated[str, typer.Option(help="Data set, or a folder of pictures.")]
 ROWS = "all finished rows are"  # what an interrupted run has kept
@@ -190,11 +190,19 @@ def distal(
     from absynth.evaluation.distal import FILE_NAME
     from absynth.reproduction import distal_images
 
+    unfit: list[InputError] = []
     with kept("the images of all finished models are", out / FILE_NAME), progress("distal images") as report:
         found = distal_images(
             models, out, dataset=data, target=target, count=count, steps=steps, seed=seed, weights=weights, root=root,
-            progress=report, device=device,
+            progress=report, device=device, unfit=unfit.append,
         )  # fmt: skip
+    if found:
+        _show_distal(found, target, out, json)
+    if unfit:
+        raise InputError("; ".join(str(error) for error in unfit))
+
+
+def _show_distal(found: dict[str, Distal], target: int, out: Path, json: bool) -> None:
     if json:
         emit(
             {
@@ -243,6 +251,7 @@ def reproduce(
         files = run(
             models, out, dataset=data, images=images, suite=suite, seed=seed, weights=weights, root=root,
             progress=report, cluster=cluster, device=device,
+            unfit=lambda error: note(f"warning: no distal images of {error}"),
         )  # fmt: skip
     if json:
         emit({key: str(path) for key, path in asdict(files).items()})
@@ -305,9 +314,8 @@ def show_attacked(summary: Summary) -> None:
             for attack, cell in {**cells.attacks, **together}.items():
                 low, high = cell.accuracy_interval
                 shown = f"{percent(cell.accuracy, 1)} ({percent(low, 0)} – {percent(high, 0)})"
-                rows.append(
-                    (one.name, norm, attack, f"{cell.median:.3g}", f"{cell.threshold:g}", shown, str(cell.images))
-                )
+                median, share = (f"{cell.median:.3g}", shown) if cell.images else ("error", "error")
+                rows.append((one.name, norm, attack, median, f"{cell.threshold:g}", share, str(cell.images)))
     columns = ("model", "norm", "attack", "median distance", "threshold", "accuracy there", "images")
     table(columns, rows, right=columns[3:])
     for one in summary.models:

@@ -71,7 +71,7 @@ def distal(
     ``progress`` is called with steps done and ``steps``.
 
     Raises InputError for a ``seed`` out of range, a class the model does not have, and a model that returns no
-    probabilities (n,K).
+    probabilities (n,K), or NaN, or has no gradient.
     """
     check_seed(seed)
     device = device_of(classifier)
@@ -170,11 +170,19 @@ def _ascent(
     asked: Classifier, classifier: Classifier, shown: Callable[[Tensor], Tensor], seen: Tensor, target: int
 ) -> tuple[Tensor, Tensor]:
     """The probability (n,) of ``target`` for the images ``shown(seen)`` and the gradient (n,C,H,W) of its logarithm by
-    ``seen``; of its logit where that vanishes. ``asked`` gives the logits of ``classifier``."""
+    ``seen``; of its logit where that vanishes. ``asked`` gives the logits of ``classifier``. Raises InputError for
+    probabilities that are NaN or have no gradient."""
     variable = seen.detach().requires_grad_()
     images = shown(variable)
     logits = asked(images)
     shares = _shares(classifier, images, logits)[:, target]
+    if bad := int(shares.isnan().sum()):
+        raise InputError(f"the model returned NaN for {bad} of {len(seen)} images: expected finite numbers")
+    if not (logits.requires_grad and shares.requires_grad):
+        raise InputError(
+            "the model has no gradient: something in it, such as no_grad, detach, argmax or NumPy, keeps its answers "
+            "from the image; distal images need one"
+        )
     # The smallest normal float32 keeps the logarithm finite and its gradient zero where the probability underflows.
     log = shares.clamp(min=torch.finfo(torch.float32).tiny).log()
     (gradient,) = torch.autograd.grad(log.sum(), variable, retain_graph=True)
