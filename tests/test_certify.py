@@ -201,7 +201,7 @@ def test_prototypes_that_do_not_match_their_digest(run: Run, weights: Path, tmp_
     content = bytearray((weights / "prototype-abs.safetensors").read_bytes())
     content[-1] ^= 1
     (tmp_path / "prototype-abs.safetensors").write_bytes(content)
-    code, _, err = run("certify", "--weights", tmp_path, "--data", "digits")
+    code, _, err = run("certify", "--weights", tmp_path, "--data", "digits", "--out", tmp_path / "run")
     assert code == 2 and "digest" in err
 
 

@@ -101,7 +101,7 @@ def evaluate(
     else:
         show_attacked(summary)
         print(f"the rows are in {out}: absynth report {out}, absynth verify {out}")
-    asked = [one for one in summary.models if one.name in models]  # the folder may hold others, of earlier runs
+    asked = [one for one in summary.models if one.stored_name in models]  # the folder may hold others, of earlier runs
     silent = [one.name for one in asked if one.norms and not any(n.all.images for n in one.norms.values())]
     if silent:
         raise InputError(
@@ -169,7 +169,7 @@ def certify(
     share = "estimated there, no guarantee (95 %)" if estimates else "certified there (95 %)"
     columns = ("estimate" if estimates else "norm", "clean", "at", share, "mean radius", "median radius", "images")
     table(columns, rows, right=columns[1:])
-    print(f"every radius is in {out}: absynth report {out}, absynth verify {out}")
+    print(f"every radius is in {out}: absynth report {out}, absynth verify {out} (and the folder of the attacks)")
 
 
 def distal(
