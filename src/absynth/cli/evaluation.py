@@ -307,6 +307,8 @@ def _show_clean(found: dict[str, Clean]) -> None:
 
 def show_attacked(summary: Summary) -> None:
     """A table of what the attacks left, and the doubts on stderr."""
+    from absynth.evaluation.statistics import short
+
     rows = []
     for one in summary.models:
         for norm, cells in one.norms.items():
@@ -314,7 +316,7 @@ def show_attacked(summary: Summary) -> None:
             for attack, cell in {**cells.attacks, **together}.items():
                 low, high = cell.accuracy_interval
                 shown = f"{percent(cell.accuracy, 1)} ({percent(low, 0)} – {percent(high, 0)})"
-                median, share = (f"{cell.median:.3g}", shown) if cell.images else ("error", "error")
+                median, share = (short(cell.median), shown) if cell.images else ("error", "error")
                 rows.append((one.name, norm, attack, median, f"{cell.threshold:g}", share, str(cell.images)))
     columns = ("model", "norm", "attack", "median distance", "threshold", "accuracy there", "images")
     table(columns, rows, right=columns[3:])

@@ -81,6 +81,7 @@ def compare(
 ) -> None:
     """Compare two runs on the images they share."""
     from absynth.evaluation import compare as run
+    from absynth.evaluation.statistics import short
 
     found = run(first, second)
     if json:
@@ -92,7 +93,7 @@ def compare(
             one.norm,
             one.attack + " *" * one.uneven,
             str(one.images),
-            " → ".join(f"{value:.3g}" for value in one.medians),
+            " → ".join(short(value) for value in one.medians),
             " → ".join(percent(share, 1) for share in one.accuracies),
             f"{one.nearer} / {one.farther}",
             f"{one.p_value:.2g}",
