@@ -16,16 +16,19 @@ from absynth.attacks.base import Attack, Goal, Problem, Proposals
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.catalog import lookup
 from absynth.attacks.decision import Boundary
-from absynth.attacks.gradient import FastGradient
+from absynth.attacks.gradient import FastGradient, ProjectedGradient
 from absynth.attacks.hop_skip_jump import HopSkipJump
+from absynth.attacks.noise import GaussianNoise
 from absynth.attacks.pointwise import Pointwise, take_back
 from absynth.attacks.queries import can_follow, rows_of
 from absynth.attacks.ramp_projection import RampProjection
 from absynth.attacks.square import Square
 from absynth.errors import InputError
 from absynth.evaluation import evaluate
+from absynth.evaluation.doubts import model_doubts
 from absynth.norms import L0, L1, L2, LINF, Norm
 from attack_models import images_near, prototypes, trained_digits
+from evaluation_models import Linear, labeled, run
 
 MODEL = prototypes()
 
@@ -128,8 +131,8 @@ def test_models_that_answer_in_another_type_are_attacked(dtype: torch.dtype, tmp
     def model(asked: Tensor) -> Tensor:
         return MODEL(asked).to(dtype)
 
-    run = evaluate(model, (images, labels), suite=suite, norms=("l0", "l2", "linf"), images=4, out=tmp_path)
-    for norm in run.models[0].norms.values():
+    summary = evaluate(model, (images, labels), suite=suite, norms=("l0", "l2", "linf"), images=4, out=tmp_path)
+    for norm in summary.models[0].norms.values():
         for name, cell in norm.attacks.items():
             assert cell.errors == 0 and cell.images == 4, name
 
@@ -219,3 +222,23 @@ def test_attacks_on_decisions_reach_a_target_from_an_image_of_it(attack: Attack)
     assert bool((attack.norm.distance(found.images, images[:6]) <= attack.norm.distance(starts, images[:6])).all())
     with pytest.raises(InputError, match="starts are"):
         attack(network, images[:6], Goal.targeted(targets, starts=starts[:2]), torch.arange(6))
+
+
+def test_one_image_without_an_answer_hides_no_doubt_about_the_model() -> None:
+    images, labels = labeled(Linear())
+
+    def model(asked: Tensor) -> Tensor:
+        answers = Linear()(asked).softmax(1)
+        return torch.where((asked == images[2]).flatten(1).all(1, keepdim=True), torch.nan, answers)
+
+    found = {doubt.code for doubt in model_doubts("digest", model, images[:8], labels[:8])}
+    assert "probabilities" in found
+    assert not model_doubts("digest", lambda asked: Linear()(asked) * torch.nan, images[:8], labels[:8])
+
+
+def test_attacks_within_a_radius_are_not_held_against_those_that_search_the_nearest(tmp_path: Path) -> None:
+    near = ProjectedGradient(L2, radius=0.01)  # finds next to nothing so near
+    summary = run(tmp_path, Linear(), suite=[near, GaussianNoise()])
+    assert summary.models[0].norms["l2"].attacks[near.name].accuracy > 0.5
+    codes = {doubt.code for doubt in summary.models[0].doubts}
+    assert not codes & {"white-box-beaten", "beaten-by-noise"}

@@ -15,11 +15,10 @@ import evaluation_models as models
 from absynth.attacks.base import Attack, Problem, Proposals
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.foolbox_adapter import Foolbox
-from absynth.attacks.gradient import DeepFool, FastGradient, ProjectedGradient
-from absynth.attacks.noise import GaussianNoise
+from absynth.attacks.gradient import DeepFool, FastGradient
 from absynth.errors import InputError
 from absynth.evaluation import Ledger, evaluate, model_digest, report, summarize, verify
-from absynth.evaluation.doubts import model_doubts, plant, planted_doubts, with_half_steps
+from absynth.evaluation.doubts import plant, planted_doubts, with_half_steps
 from absynth.evaluation.judge import judge
 from absynth.norms import L0, L2, LINF, Norm
 from evaluation_models import SUITE, Bad, Linear, labeled, run
@@ -232,26 +231,6 @@ def test_a_model_that_is_no_classifier_gives_marked_rows(tmp_path: Path, what: s
 def test_probabilities_are_warned_about(tmp_path: Path) -> None:
     codes = {doubt.code for doubt in run(tmp_path, Bad("probabilities"), probe=True, suite=SUITE[:1])["net"].doubts}
     assert "probabilities" in codes
-
-
-def test_one_image_without_an_answer_hides_no_doubt_about_the_model() -> None:
-    images, labels = labeled(Linear())
-
-    def model(asked: Tensor) -> Tensor:
-        answers = Linear()(asked).softmax(1)
-        return torch.where((asked == images[2]).flatten(1).all(1, keepdim=True), torch.nan, answers)
-
-    found = {doubt.code for doubt in model_doubts("digest", model, images[:8], labels[:8])}
-    assert "probabilities" in found
-    assert not model_doubts("digest", lambda asked: Linear()(asked) * torch.nan, images[:8], labels[:8])
-
-
-def test_attacks_within_a_radius_are_not_held_against_those_that_search_the_nearest(tmp_path: Path) -> None:
-    near = ProjectedGradient(L2, radius=0.01)  # finds next to nothing so near
-    summary = run(tmp_path, Linear(), suite=[near, GaussianNoise()])
-    assert summary.models[0].norms["l2"].attacks[near.name].accuracy > 0.5
-    codes = {doubt.code for doubt in summary.models[0].doubts}
-    assert not codes & {"white-box-beaten", "beaten-by-noise"}
 
 
 def test_a_model_that_sees_the_batch_is_warned_about(tmp_path: Path) -> None:
