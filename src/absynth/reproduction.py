@@ -98,7 +98,8 @@ def evaluate_models(
             with Ledger(folders[name]) as ledger:
                 check_run(plan, ledger)
     with _executors(cluster, models, weights, root) as executors:
-        for name, plan in plans.items():  # the clean answers, which tell what else does not fit
+        # the clean answers tell what else does not fit; those of a single model come first anyway
+        for name, plan in plans.items() if len(plans) > 1 else ():
             with Ledger(folders[name], write=True) as ledger:
                 check_run(plan, ledger)
                 prepare(plan, classifiers[name], pictures, labels, ledger)
