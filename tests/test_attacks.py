@@ -111,8 +111,23 @@ def test_estimated_gradients_are_the_gradients_and_cost_two_queries_a_coordinate
     inner[0, 0, 0, :3] = False
     torch.testing.assert_close(gradient[inner], exact[inner], atol=2e-3, rtol=1e-3)
     torch.testing.assert_close(gradient, exact, atol=0.03, rtol=1e-3)  # a one-sided difference is off by half a step
-    assert counted.forward.tolist() == [1 + 2 * SIDE * SIDE] * 2
+    # Two of the first image's pixels move one way only: for these it is asked about itself, once.
+    assert counted.forward.tolist() == [1 + 2 * SIDE * SIDE - 2 + 1, 1 + 2 * SIDE * SIDE]
     assert counted.backward.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 20, 1000])
+def test_estimated_gradients_ask_nothing_beyond_the_edges(chunk: int) -> None:
+    images = torch.stack([torch.zeros(1, SIDE, SIDE), torch.ones(1, SIDE, SIDE), torch.full((1, SIDE, SIDE), 0.5)])
+    counted = CountingClassifier(MODEL, 3)
+    found = EstimatedGradient(counted, step_sizes=(0.02,), chunk=chunk).jacobian(images)  # (3,K,N)
+    center = images + torch.tensor([0.01, -0.01, 0.0]).view(3, 1, 1, 1)  # where a one-sided difference is exact
+    exact = -2 * (center.unsqueeze(1) - MODEL.prototypes).flatten(2)
+    torch.testing.assert_close(found, exact, atol=2e-3, rtol=1e-3)
+    chunks = -(-SIDE * SIDE // chunk)  # an image at the edge is asked about itself in each of its chunks
+    size = SIDE * SIDE
+    assert size < counted.forward[0] <= size + chunks + 1 and size < counted.forward[1] <= size + chunks + 2
+    assert counted.forward[2] == 2 * size
 
 
 def test_estimated_gradients_see_through_a_threshold() -> None:

@@ -222,6 +222,12 @@ def test_models(run: Run, weights: Path) -> None:
         assert one["digest"] == weight_files.read(weights / f"{name}.safetensors").digest
 
 
+def test_the_home_folder_after_an_equals_sign(run: Run, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(weights.parent))
+    expected = document(run("models", "--weights", weights, "--json"))
+    assert document(run("models", f"--weights=~/{weights.name}", "--json")) == expected
+
+
 def test_models_missing(run: Run, tmp_path: Path) -> None:
     result = run("models", "--weights", tmp_path)
     assert result.code == 0

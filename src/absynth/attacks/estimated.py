@@ -25,8 +25,8 @@ class EstimatedGradient:
     Each coordinate is moved by the smallest of ``step_sizes`` both ways; at the edges of [0,1] the step is cut short
     and the difference divided by the way really gone (one-sided in the limit). A coordinate that changes no logit is
     tried with the next larger step, since a threshold in the model hides small ones. One gradient costs 2 predictions
-    per coordinate and step size, asked in chunks of ``chunk`` images (larger ones on a GPU), and serves every class.
-    Source: Schott et al. 2019, section 4.
+    per coordinate and step size, 1 at the edges, asked in chunks of ``chunk`` images (larger ones on a GPU), and serves
+    every class. Source: Schott et al. 2019, section 4.
     """
 
     classifier: Callable[[Tensor], Tensor]
@@ -50,20 +50,22 @@ class EstimatedGradient:
         row = torch.arange(count, device=flat.device).repeat_interleave(size)  # (B*N,)
         column = torch.arange(size, device=flat.device).repeat(count)  # (B*N,)
         slopes: Tensor | None = None
-        together = max(1, chunk_size(self.chunk, images) // 2)  # coordinates asked about at once
+        together = max(2, chunk_size(self.chunk, images))
         for step in sorted(self.step_sizes):
             undecided = []
-            for part in range(0, len(row), together):
-                rows, columns = row[part : part + together], column[part : part + together]
-                here = flat[rows, columns]
-                above, below = (here + step).clamp(max=1), (here - step).clamp(min=0)
-                moved = flat[rows].repeat(2, 1)  # (2n,N): first all upper, then all lower neighbors
-                moved[torch.arange(2 * len(rows)), columns.repeat(2)] = torch.cat([above, below])
-                upper, lower = self._ask(moved.view(-1, *images.shape[1:]), rows.repeat(2)).chunk(2)  # 2 x (n,K)
+            here = flat[row, column]
+            above, below = (here + step).clamp(max=1), (here - step).clamp(min=0)
+            # A coordinate's two questions are asked together, and at the edge of [0,1] one of them is not asked at all.
+            questions = (above > here).long() + (below < here).long()
+            part = (questions.cumsum(0) - 1) // together
+            for rows, columns, upper_value, lower_value, value in zip(
+                *(values.split(part.bincount().tolist()) for values in (row, column, above, below, here)), strict=True
+            ):
+                upper, lower = self._neighbors(images, rows, columns, (upper_value, lower_value, value))
                 change = upper - lower
                 if slopes is None:
                     slopes = change.new_zeros(count, size, change.shape[1])  # (B,N,K)
-                slopes[rows, columns] = change / (above - below).unsqueeze(1)
+                slopes[rows, columns] = change / (upper_value - lower_value).unsqueeze(1)
                 rounding = 4 * torch.finfo(change.dtype).eps * upper.abs().amax(1)
                 undecided.append(change.abs().amax(1) <= rounding)
             keep = torch.cat(undecided)
@@ -72,6 +74,28 @@ class EstimatedGradient:
                 break
         assert slopes is not None
         return slopes.transpose(1, 2)
+
+    def _neighbors(
+        self, images: Tensor, rows: Tensor, columns: Tensor, values: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The logits, 2 x (n,K), where coordinate ``columns`` (n,) of image ``rows`` (n,) has the first and the second
+        of ``values`` instead of the third, which it has."""
+        above, below, here = values
+        up, down = (above > here).nonzero()[:, 0], (below < here).nonzero()[:, 0]
+        moved, value = torch.cat([up, down]), torch.cat([above[up], below[down]])
+        # One that does not move one way has the image's own answer there, asked in the same batch: a search may answer
+        # a little differently in another.
+        edge = ((above <= here) | (below >= here)).nonzero()[:, 0]
+        still, center = rows[edge].unique(return_inverse=True)
+        asked = images.flatten(1)[torch.cat([rows[moved], still])]  # (m,N)
+        asked[torch.arange(len(moved), device=asked.device), columns[moved]] = value
+        answers = self._ask(asked.view(-1, *images.shape[1:]), torch.cat([rows[moved], still]))  # (m,K)
+        upper, lower = answers.new_empty(2, len(rows), answers.shape[1])
+        upper[up], lower[down] = answers[: len(up)], answers[len(up) : len(moved)]
+        own = answers[len(moved) + center]
+        upper[edge] = torch.where((above > here)[edge].unsqueeze(1), upper[edge], own)
+        lower[edge] = torch.where((below < here)[edge].unsqueeze(1), lower[edge], own)
+        return upper, lower
 
     def _ask(self, images: Tensor, rows: Tensor) -> Tensor:
         with torch.no_grad():

@@ -33,7 +33,7 @@ _Misuse: Any = typer.BadParameter.__mro__[1]
 class _Commands(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         with _in_one_line(ctx):
-            return super().parse_args(ctx, args)
+            return super().parse_args(ctx, [_at_home(arg) for arg in args])
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -44,6 +44,12 @@ class _Commands(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(self.commands)  # in the order below, not of the alphabet
+
+
+def _at_home(arg: str) -> str:
+    """``--out=~/runs`` with the home folder in full, which shells write out only after a space."""
+    option, equals, value = arg.partition("=")
+    return f"{option}={os.path.expanduser(value)}" if option.startswith("--") and equals else arg
 
 
 @contextlib.contextmanager
