@@ -126,6 +126,32 @@ def test_images_around_one_are_answered_nearly_as_by_a_search(images: Tensor, re
     torch.testing.assert_close(logits, alone, rtol=1e-5, atol=1e-7)
 
 
+def test_images_around_one_that_are_equal_behind_a_threshold_are_answered_once(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = toy_abs(response=Threshold(0.5))
+    pair = torch.stack([images[0], images[1]])
+    _, found = model.follow(pair)
+    owner = torch.tensor([1, 0, 0, 1, 0, 0])
+    moved = pair[owner].clone()
+    moved[4, 0, 14, 10:12] = 1 - (moved[4, 0, 14, 10:12] >= 0.5).float()  # the only one that crosses the threshold
+    moved[1:3] = torch.where(moved[1:3] >= 0.5, moved[1:3], 0.4 * moved[1:3])
+    moved[5] = pair[1]  # what the other image looks like: not the same question
+    sizes: list[int] = []
+    answered = ABS._around
+
+    def counted(self: ABS, seen: Tensor, before: object, owner: Tensor) -> Tensor:
+        sizes.append(len(seen))
+        return answered(self, seen, before, owner)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ABS, "_around", counted)
+    logits = model.around(moved, found, owner)
+    assert sizes == [4]
+    alone = torch.cat([model.around(moved[row : row + 1], found, owner[row : row + 1]) for row in range(6)])
+    torch.testing.assert_close(logits, alone, rtol=1e-4, atol=1e-6)
+    assert torch.equal(logits[1], logits[2]) and not torch.equal(logits[1], logits[4])
+
+
 @pytest.mark.parametrize("response", [None, Ramp(0.2)])
 def test_a_step_too_small_to_matter_is_not_decoded(
     images: Tensor, response: torch.nn.Module | None, monkeypatch: pytest.MonkeyPatch

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,7 +19,7 @@ from absynth.checks import check_images
 from absynth.errors import InputError
 from absynth.nearest import differences, nearest_of_each_class, offsets_of, rounding_slack
 from absynth.planes import Prototypes
-from absynth.responses import Threshold
+from absynth.responses import Threshold, different
 from absynth.shortlist import ComparesAll
 
 
@@ -104,18 +103,9 @@ class Binarized(nn.Module):
         if self.training or seen.requires_grad or len(seen) < 2:
             logits: Tensor = self.classifier(seen)
             return logits
-        first, which = _different(seen)
+        first, which = different(seen)
         logits = self.classifier(seen[first])[which]
         return logits
-
-
-def _different(binary: Tensor) -> tuple[Tensor, Tensor]:
-    """The first of each group of equal images of 0 and 1 (B,C,S,S): indices (U,); and the group of each (B,)."""
-    bits = np.packbits(binary.flatten(1).bool().cpu().numpy(), axis=1)  # (B,N) -> (B,N/8)
-    first: dict[bytes, int] = {}
-    owner = [first.setdefault(row.tobytes(), number) for number, row in enumerate(bits)]
-    unique = torch.tensor(list(first.values()), device=binary.device)
-    return unique, torch.searchsorted(unique, torch.tensor(owner, device=binary.device))
 
 
 class NearestNeighbor(ComparesAll):

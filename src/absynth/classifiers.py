@@ -21,7 +21,7 @@ from absynth.decoding import FoldedDecoder, from_blocks, to_blocks, whole_precis
 from absynth.errors import InputError
 from absynth.kept import candidates_of
 from absynth.neighbors import energies_around
-from absynth.responses import Identity
+from absynth.responses import Identity, Threshold, different
 from absynth.threads import side_by_side
 
 IMAGE_CHUNK = 256  # images analyzed at once: bounds the memory, whatever the batch
@@ -177,7 +177,16 @@ class ABS(Calibrated):
         """Images (n,C,S,S) -> logits (n,K), without gradient, each close to one of the images that ``before`` was found
         for: ``owner`` (n,) says to which. Cheaper than ``follow`` where many are close to one, and no more final."""
         self.check(images)
-        blocks = to_blocks(self.response(images))
+        seen = self.response(images)
+        if not isinstance(self.response, Threshold):
+            return self._around(seen, before, owner)
+        # Behind a threshold most images around one are the same.
+        first, which = different(seen, owner)
+        return self._around(seen[first], before, owner[first])[which]
+
+    def _around(self, seen: Tensor, before: Found, owner: Tensor) -> Tensor:
+        """``around`` for what is behind the response."""
+        blocks = to_blocks(seen)
 
         def energies(rows: slice) -> Tensor:
             return energies_around(self.folded, blocks[rows], before, owner[rows], beta=self.beta, scales=self.scales)

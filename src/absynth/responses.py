@@ -6,6 +6,7 @@ A response maps images (B,C,S,S) in [0,1] to images of the same shape in [0,1], 
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +41,18 @@ class Threshold(nn.Module):
 
     def extra_repr(self) -> str:
         return f"level={self.level}"
+
+
+def different(binary: Tensor, owner: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The first of each group of equal images of 0 and 1 (B,C,S,S), of one ``owner`` (B,) int64 where owners are given:
+    indices (U,); and the group of each (B,)."""
+    keys = np.packbits(binary.flatten(1).bool().cpu().numpy(), axis=1)  # (B,N) -> (B,N/8)
+    if owner is not None:
+        keys = np.concatenate([keys, owner.cpu().numpy()[:, None].view(np.uint8)], axis=1)
+    first: dict[bytes, int] = {}
+    groups = [first.setdefault(key.tobytes(), len(first)) for key in keys]
+    firsts = np.unique(groups, return_index=True)[1] if groups else np.zeros(0, dtype=np.int64)
+    return torch.from_numpy(firsts).to(binary.device), torch.tensor(groups, device=binary.device)
 
 
 class Ramp(nn.Module):
