@@ -25,7 +25,8 @@ from absynth.attacks.queries import CountingClassifier, Following
 from absynth.attacks.ramp_projection import RampGreedy, RampProjection
 from absynth.attacks.search import SmallestRadius
 from absynth.attacks.sparse import SigmaZero
-from absynth.norms import L0, L2
+from absynth.attacks.square import Square
+from absynth.norms import L0, L2, LINF, Norm
 from absynth.responses import Threshold
 from attack_models import SIDE, images_near, prototypes
 
@@ -83,6 +84,29 @@ def test_noise_that_is_followed_to_is_confirmed_along_its_own_path(attack: Attac
     ratio = attack.norm.distance(warm.images, images) / attack.norm.distance(cold.images, images)
     # No nearer than what every question asked cold finds: nothing is taken back from what has to stay noise.
     assert (ratio > 0.999).all() and (ratio < (1.4 if error else 1.0001)).all()
+
+
+@pytest.mark.parametrize("norm", [L2, LINF])
+def test_square_asks_cold_where_it_seems_to_be_done_and_goes_on_from_there(
+    norm: Norm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, labels = images_near(MODEL, 6)
+    goal, seeds = Goal.untargeted(labels), torch.arange(6)
+    attack = SmallestRadius(Square(norm, steps=200), first=0.3 if norm == L2 else 0.1, steps=6)
+    model = Remembering(MODEL, 0.05, always=False)
+    asked: list[Tensor] = []
+    fresh = Following.afresh
+
+    def counted(self: Following, images: Tensor) -> Tensor:
+        asked.append(images)
+        return fresh(self, images)
+
+    monkeypatch.setattr(Following, "afresh", counted)
+    warm, cold = (attack(one, images, goal, seeds) for one in (model, MODEL))
+    assert warm.found.all() and goal.met(MODEL(warm.images)).all()
+    ratio = norm.distance(warm.images, images) / norm.distance(cold.images, images)
+    assert ratio.max() < 1.25
+    assert asked and model.asked < 60  # hits are asked about, and nothing is searched a second time
 
 
 def test_an_image_on_which_a_model_remembers_wrongly_is_searched_cold() -> None:

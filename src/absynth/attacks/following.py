@@ -50,8 +50,13 @@ def or_else(problem: Problem, proposals: Proposals, search: Callable[[Problem], 
     return Proposals(images, found)
 
 
-def met_afresh(problem: Problem, images: Tensor) -> Tensor:
-    """Whether the goal is met at ``images`` (B,C,H,W), asked cold even where the problem is followed: (B,) bool."""
+def margin_afresh(problem: Problem, images: Tensor) -> Tensor:
+    """The margins at ``images`` (B,C,H,W), asked cold even where the problem is followed: (B,)."""
     if isinstance(problem.classifier, Following):
         problem = replace(problem, classifier=problem.classifier.afresh)
-    return problem.met(images)
+    return problem.margin(images)
+
+
+def met_afresh(problem: Problem, images: Tensor) -> Tensor:
+    """Whether the goal is met at ``images`` (B,C,H,W), asked cold even where the problem is followed: (B,) bool."""
+    return margin_afresh(problem, images) <= 0

@@ -140,12 +140,17 @@ def _keep_first(problem: Problem, best: Best, path: Path, grid: Sequence[float],
 
 
 def run_procedures(
-    problem: Problem, procedures: Sequence[Procedure], owner: Sequence[int], chunk: int
+    problem: Problem,
+    procedures: Sequence[Procedure],
+    owner: Sequence[int],
+    chunk: int,
+    ask: Callable[[Problem, Tensor], Tensor] = Problem.margin,
 ) -> list[Tensor | None]:
     """Run sequential procedures side by side: each round puts the open candidates of all of them into common batches.
 
     ``owner`` says to which image of the problem a procedure belongs. A procedure sees what it would see alone; one that
-    has ended asks nothing more. Batches hold at most about ``chunk`` images. Returns what each procedure returned.
+    has ended asks nothing more. Batches hold at most about ``chunk`` images. ``ask`` answers for the images (m,C,H,W)
+    of such a batch, a row each: their margins, or what else the procedures want. Returns what each procedure returned.
     """
     results: list[Tensor | None] = [None] * len(procedures)
     waiting: list[tuple[int, Tensor]] = []
@@ -170,7 +175,7 @@ def run_procedures(
             lengths = [len(candidates) for _, candidates in batch]
             rows = torch.tensor([owner[index] for index, _ in batch]).repeat_interleave(torch.tensor(lengths))
             images = torch.cat([candidates for _, candidates in batch]).to(problem.images.device)
-            margins = problem.rows(rows.to(images.device)).margin(images).cpu().numpy()
+            margins = ask(problem.rows(rows.to(images.device)), images).cpu().numpy()
             for (index, _), part in zip(batch, np.split(margins, np.cumsum(lengths)[:-1]), strict=True):
                 if (entry := advance(index, part)) is not None:
                     waiting.append(entry)

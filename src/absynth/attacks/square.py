@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from absynth.attacks.base import BudgetAttack, Problem, Proposals
+from absynth.attacks.following import margin_afresh
+from absynth.attacks.queries import Following
 from absynth.attacks.search import Best, Procedure, run_procedures
 from absynth.errors import InputError
 from absynth.norms import L2, LINF, Norm
@@ -50,7 +52,7 @@ class Square(BudgetAttack):
             run(clean[row], float(radius[row]), np.random.default_rng([int(problem.seeds[row])])) for row in owner
         ]
         best = Best(problem)
-        for row, result in enumerate(run_procedures(problem, procedures, owner, self.chunk)):
+        for row, result in enumerate(run_procedures(problem, procedures, owner, self.chunk, _settled)):
             if result is not None:
                 index = torch.tensor([row], device=problem.images.device)
                 best.update(index, result.unsqueeze(0).to(problem.images), torch.ones_like(index, dtype=torch.bool))
@@ -67,7 +69,7 @@ class Square(BudgetAttack):
         channels, height, width = clean.shape
         stripes = torch.from_numpy(rng.choice([-radius, radius], size=(channels, 1, width))).to(clean.dtype)
         x = (clean + stripes).clamp(0, 1)  # vertical stripes to begin with
-        lowest = _known((yield x.unsqueeze(0))[0])
+        _, lowest = yield from _judged(x)
         for step in range(self.steps):
             if lowest <= 0:
                 return x
@@ -79,9 +81,9 @@ class Square(BudgetAttack):
             candidate[window] = (clean[window] + sign).clamp(0, 1)
             if torch.equal(candidate, x):
                 continue  # nothing to ask
-            margin = _known((yield candidate.unsqueeze(0))[0])
+            margin, settled = yield from _judged(candidate)
             if margin < lowest:
-                x, lowest = candidate, margin
+                x, lowest = candidate, settled
         return x if lowest <= 0 else None
 
     def _l2(
@@ -94,7 +96,7 @@ class Square(BudgetAttack):
             for left in range(0, width - tile + 1, tile):
                 delta[:, top : top + tile, left : left + tile] = _peak(tile, rng, channels)
         x = _on_sphere(clean, delta, radius)
-        lowest = _known((yield x.unsqueeze(0))[0])
+        _, lowest = yield from _judged(x)
         for step in range(self.steps):
             if lowest <= 0:
                 return x
@@ -110,15 +112,26 @@ class Square(BudgetAttack):
             delta[give] = 0
             delta[gain] = shape / (shape.norm() + 1e-10) * energy.sqrt()
             candidate = _on_sphere(clean, delta, radius)
-            margin = _known((yield candidate.unsqueeze(0))[0])
+            margin, settled = yield from _judged(candidate)
             if margin < lowest:
-                x, lowest = candidate, margin
+                x, lowest = candidate, settled
         return x if lowest <= 0 else None
 
 
-def _known(margin: float) -> float:
-    """The margin; infinite where the classifier has no answer, so that any answer is better."""
-    return math.inf if math.isnan(margin) else float(margin)
+def _settled(problem: Problem, images: Tensor) -> Tensor:
+    """(n,C,H,W) -> (n,2): the margins, and the same asked cold where a classifier that follows sees the goal met."""
+    margins = problem.margin(images)
+    settled = margins.clone()
+    if isinstance(problem.classifier, Following) and len(hits := (margins <= 0).nonzero()[:, 0]):
+        settled[hits] = margin_afresh(problem.rows(hits), images[hits])
+    return torch.stack([margins, settled], dim=1)
+
+
+def _judged(candidate: Tensor) -> Generator[Tensor, np.ndarray, tuple[float, float]]:
+    """Both margins of a candidate (C,H,W), infinite where there is no answer, so that any answer is better. A walk goes
+    on from the second: one that believed the first would be done, or wait for what is better than a mistake."""
+    margin, settled = (yield candidate.unsqueeze(0))[0].tolist()
+    return (math.inf if math.isnan(margin) else margin), (math.inf if math.isnan(settled) else settled)
 
 
 def _on_sphere(clean: Tensor, delta: Tensor, radius: float) -> Tensor:
