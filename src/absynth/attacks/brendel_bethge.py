@@ -106,7 +106,9 @@ def trust_region_step(
     monotone.
     """
     if norm == LINF:
-        levels = torch.zeros_like(c), (aim.abs().amax(1) + radius)
+        # δ is at most ``radius`` long, so the distance changes by no more; and no δ within the bounds is farther away.
+        far = aim.abs().amax(1)
+        levels = (far - radius).clamp(min=0), torch.minimum(far + radius, torch.maximum(aim - low, high - aim).amax(1))
         entry = _linf_entry
     else:
         levels = torch.full_like(c, -16.0), torch.full_like(c, 16.0)  # natural logarithms
@@ -115,7 +117,10 @@ def trust_region_step(
     def at(level: Tensor) -> tuple[Tensor, Tensor]:
         """δ (n,N) for a level (n,), and whether it reaches the boundary within the radius (n,)."""
         delta = _on_plane(
-            lambda multiplier: entry(aim, low, high, multiplier.unsqueeze(1) * b, level.unsqueeze(1)), b, c
+            lambda multiplier: entry(aim, low, high, multiplier.unsqueeze(1) * b, level.unsqueeze(1)),
+            b,
+            c,
+            convex=norm != L0,
         )
         tolerance = 1e-6 + 1e-3 * c.abs()
         return delta, ((b * delta).sum(1) <= c + tolerance) & (delta.norm(dim=1) <= radius * 1.001)
@@ -131,15 +136,22 @@ def trust_region_step(
     return torch.where(reached.unsqueeze(1), delta, _farthest(low, high, b, c, radius))
 
 
-def _on_plane(delta_of: Callable[[Tensor], Tensor], b: Tensor, c: Tensor) -> Tensor:
+def _on_plane(delta_of: Callable[[Tensor], Tensor], b: Tensor, c: Tensor, convex: bool) -> Tensor:
     """δ at the smallest multiplier with b·δ ≤ c; b·δ falls as the multiplier grows. Bisected in sinh: both signs,
-    any size."""
+    any size. In L1 it may fall at one multiplier by much, since an entry jumps there: all between the two δ are as good
+    if what is minimized is ``convex``, and one of them has b·δ = c."""
     under, over = torch.full_like(c, -25.0), torch.full_like(c, 25.0)
     for _ in range(22):
         middle = (under + over) / 2
         crossed = (b * delta_of(middle.sinh())).sum(1) <= c
         over, under = torch.where(crossed, middle, over), torch.where(crossed, under, middle)
-    return delta_of(over.sinh())
+    beyond = delta_of(over.sinh())
+    if not convex:
+        return beyond
+    before = delta_of(under.sinh())
+    gap = (b * before).sum(1) - c  # positive, but where c is reached at the smallest multiplier, or nowhere
+    share = (gap / (b * (before - beyond)).sum(1).clamp(min=1e-300)).clamp(0, 1)
+    return torch.where((gap > 0).unsqueeze(1), before + share.unsqueeze(1) * (beyond - before), beyond)
 
 
 def _l2_entry(aim: Tensor, low: Tensor, high: Tensor, pull: Tensor, level: Tensor) -> Tensor:
