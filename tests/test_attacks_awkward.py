@@ -14,11 +14,12 @@ import absynth
 from absynth import data
 from absynth.attacks.base import Attack, Goal, Problem, Proposals
 from absynth.attacks.boundary_projection import BoundaryProjection
+from absynth.attacks.brendel_bethge import BrendelBethge
 from absynth.attacks.catalog import lookup
 from absynth.attacks.decision import Boundary
 from absynth.attacks.gradient import FastGradient, ProjectedGradient
 from absynth.attacks.hop_skip_jump import HopSkipJump
-from absynth.attacks.noise import GaussianNoise
+from absynth.attacks.noise import GaussianNoise, SaltAndPepper
 from absynth.attacks.pointwise import Pointwise, take_back
 from absynth.attacks.queries import can_follow, rows_of
 from absynth.attacks.ramp_projection import RampProjection
@@ -50,6 +51,26 @@ def test_projections_that_go_round_in_circles_are_led_on(
     goals = Goal.untargeted(labels), Goal.targeted((labels + 1) % 10)
     for goal in goals:
         assert make(norm)(model, images, goal, torch.arange(6)).found.all()
+
+
+def test_brendel_bethge_in_l0_gives_pixels_back(curved: tuple[nn.Module, Tensor, Tensor]) -> None:
+    model, images, labels = curved
+    goal, seeds = Goal.untargeted(labels), torch.arange(6)
+    one, other = (attack(model, images, goal, seeds) for attack in (BrendelBethge(L0), BoundaryProjection(L0)))
+    assert one.found.all() and L0.distance(one.images, images).mean() < 1.25 * L0.distance(other.images, images).mean()
+
+
+def test_brendel_bethge_in_l0_begins_elsewhere_where_salt_and_pepper_finds_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, labels = images_near(MODEL, 4)
+    attack, goal, seeds = BrendelBethge(L0, steps=40), Goal.untargeted(labels), torch.arange(4)
+    usual = L0.distance(attack(MODEL, images, goal, seeds).images, images)
+    monkeypatch.setattr(
+        SaltAndPepper, "search", lambda _, problem: Proposals(problem.images, torch.zeros(len(problem)).bool())
+    )
+    found = attack(MODEL, images, goal, seeds)
+    assert found.found.all() and (L0.distance(found.images, images) <= 1.5 * usual).all()
 
 
 class OnTheBoundary(Attack):

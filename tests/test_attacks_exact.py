@@ -23,7 +23,6 @@ LOOSE = {
     "salt-and-pepper-l0": 12.0,
     "pointwise-l2": 8.0,  # few large changes, where many small ones are shortest
     "square-l2": 3.0,
-    "brendel-bethge-l0": 1.5,  # one or two pixels in five
 }
 #: Fewer steps where an attack is slow and so small a model needs less.
 STEPS = {

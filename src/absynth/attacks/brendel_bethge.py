@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from absynth.attacks.base import Attack, Problem, Proposals
+from absynth.attacks.following import or_else
 from absynth.attacks.gradient import FastGradient
 from absynth.attacks.noise import SaltAndPepper
 from absynth.attacks.pointwise import take_back
@@ -31,14 +32,15 @@ class BrendelBethge(Attack):
     A step δ from x brings x + δ as near to the clean image as possible, subject to b·δ = c, ‖δ‖₂ ≤ r and x + δ in
     [0,1]: b is the gradient of the margin, averaged over steps with ``momentum``; c leads across the linearized
     boundary by the factor ``overshoot``; r is ``trust`` times the root of the number of values, multiplied by ``decay``
-    ``decays`` times in a run. Where the boundary is out of reach within r, the step goes as far toward it as it can.
+    ``decays`` times in a run. ``trust`` is 0.03 unless given; in L0 0.3, since a pixel that is given back moves by all
+    it differs at once. Where the boundary is out of reach within r, the step goes as far toward it as it can.
     Starts where the clean image's gradient or a blend into noise crosses the boundary, whichever is nearer
-    (L0: at salt and pepper).
+    (L0: at salt and pepper; where that finds nothing, as elsewhere).
     """
 
     norm: Norm
     steps: int = 200
-    trust: float = 0.03
+    trust: float | None = None
     decay: float = 0.5
     decays: int = 20
     overshoot: float = 1.1
@@ -52,6 +54,10 @@ class BrendelBethge(Attack):
     deterministic = False
     queries = "up to 200 gradients, 100 predictions"
 
+    def __post_init__(self) -> None:
+        if self.trust is None:
+            object.__setattr__(self, "trust", 0.3 if self.norm == L0 else 0.03)
+
     def search(self, problem: Problem) -> Proposals:
         best = self._start(problem)
         rows = best.distance.isfinite().nonzero().squeeze(1)
@@ -61,6 +67,7 @@ class BrendelBethge(Attack):
         clean = part.images.flatten(1).double()  # (n,C,H,W) -> (n,N)
         x = best.images[rows].flatten(1).double()
         normal = torch.zeros_like(x)
+        assert self.trust is not None
         radius = self.trust * math.sqrt(x.shape[1])
         for step in range(self.steps):
             images = x.view_as(part.images).to(part.images.dtype)
@@ -83,16 +90,20 @@ class BrendelBethge(Attack):
 
     def _start(self, problem: Problem) -> Best:
         """Adversarials to begin with, and on the boundary: along the gradient or toward noise, the nearer one."""
-        if self.norm == L0:
-            starts = [SaltAndPepper(draws=2).search(problem)]  # sparse; on the boundary already
+        if self.norm == L0:  # salt and pepper is sparse, and on the boundary already
+            starts = [or_else(problem, SaltAndPepper(draws=2).search(problem), self._blends)]
         else:
-            starts = [FastGradient(LINF if self.norm == LINF else L2).search(problem), starting_points(problem)]
-            starts = [toward_clean(problem, start, self.bisections) for start in starts]
+            gradient = FastGradient(LINF if self.norm == LINF else L2).search(problem)
+            starts = [toward_clean(problem, gradient, self.bisections), self._blends(problem)]
         best = Best(problem)
         for start in starts:
             rows = start.found.nonzero().squeeze(1)
             best.update(rows, start.images[rows], start.found[rows])
         return best
+
+    def _blends(self, problem: Problem) -> Proposals:
+        """Where blends into noise cross the boundary."""
+        return toward_clean(problem, starting_points(problem), self.bisections)
 
 
 def trust_region_step(
