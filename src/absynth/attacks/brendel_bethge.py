@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class BrendelBethge(Attack):
     [0,1]: b is the gradient of the margin, averaged over steps with ``momentum``; c leads across the linearized
     boundary by the factor ``overshoot``; r is ``trust`` times the root of the number of values, multiplied by ``decay``
     ``decays`` times in a run. ``trust`` is 0.03 unless given; in L0 0.3, since a pixel that is given back moves by all
-    it differs at once. Where the boundary is out of reach within r, the step goes as far toward it as it can.
+    it differs at once. Larger ones do better against models whose gradients mislead near the image, and with more
+    ``momentum``. Where the boundary is out of reach within r, the step goes as far toward it as it can.
     Starts where the clean image's gradient or a blend into noise crosses the boundary, whichever is nearer
     (L0: at salt and pepper; where that finds nothing, as elsewhere).
     """
@@ -46,13 +47,18 @@ class BrendelBethge(Attack):
     overshoot: float = 1.1
     momentum: float = 0.8
     bisections: int = 10
+    called: str = field(default="brendel-bethge", repr=False)
 
-    family = "brendel-bethge"
     kind = "minimum"
     knowledge = "gradient"
     source = "Brendel et al. 2019, arXiv 1907.01003"
     deterministic = False
     queries = "up to 200 gradients, 100 predictions"
+
+    @property
+    def family(self) -> str:
+        """What it is called."""
+        return self.called
 
     def __post_init__(self) -> None:
         if self.trust is None:

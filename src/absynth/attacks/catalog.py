@@ -70,6 +70,10 @@ def _all() -> dict[str, Attack]:
         SmallestRadius(Square(LINF), first=0.1, steps=6),
     ]
     attacks += [BrendelBethge(norm) for norm in (L0, L1, L2, LINF)]
+    attacks += [
+        BrendelBethge(norm, trust=trust, momentum=0.9, called="brendel-bethge-wide")
+        for norm, trust in ((L0, 1.0), (L1, 0.3), (L2, 0.3), (LINF, 0.3))
+    ]
     attacks += [RampProjection(norm) for norm in (L0, L1, L2, LINF)]
     attacks += [RampGreedy(), Straight(SigmaZero())]
     attacks += [Straight(iterated(norm, "pgd", steps=40, restarts=2)) for norm in (L2, LINF)]
@@ -125,15 +129,18 @@ SUITES: dict[str, tuple[str, ...]] = {
         "boundary-projection-l0",
         "sigma-zero-l0",
         "brendel-bethge-l0",
+        "brendel-bethge-wide-l0",
         "fmn-l0",
         "pointwise-l0",
         "boundary-projection-l1",
         "brendel-bethge-l1",
+        "brendel-bethge-wide-l1",
         "fmn-l1",
         "ead-l1",
         "pgd-l1",
         "boundary-projection-l2",
         "brendel-bethge-l2",
+        "brendel-bethge-wide-l2",
         "ddn-l2",
         "fmn-l2",
         "carlini-wagner-l2",
@@ -146,6 +153,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "pointwise-l2",
         "boundary-projection-linf",
         "brendel-bethge-linf",
+        "brendel-bethge-wide-linf",
         "fmn-linf",
         "mim-linf",
         "pgd-linf",
