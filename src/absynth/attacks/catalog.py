@@ -47,7 +47,7 @@ def _all() -> dict[str, Attack]:
     attacks: list[Attack] = []
     for norm in (L2, LINF):
         once = [FastGradient(norm), DeepFool(norm)]
-        # With gradients that cost 1,569 predictions each the radius is told to a twentieth, not to a hundredth.
+        # With gradients that cost a thousand predictions each the radius is told to a twentieth, not to a hundredth.
         attacks += [*once, iterated(norm, "bim"), *map(Estimated, [*once, iterated(norm, "bim", tolerance=0.05)])]
     attacks += [iterated(LINF, "mim", momentum=1.0), Estimated(iterated(LINF, "mim", momentum=1.0, tolerance=0.05))]
     attacks += [
