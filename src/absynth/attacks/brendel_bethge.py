@@ -16,6 +16,7 @@ from torch import Tensor
 from absynth.attacks.base import Attack, Problem, Proposals
 from absynth.attacks.following import or_else
 from absynth.attacks.gradient import FastGradient
+from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.noise import SaltAndPepper
 from absynth.attacks.pointwise import take_back
 from absynth.attacks.search import Best, starting_points, toward_clean
@@ -110,6 +111,22 @@ class BrendelBethge(Attack):
     def _blends(self, problem: Problem) -> Proposals:
         """Where blends into noise cross the boundary."""
         return toward_clean(problem, starting_points(problem), self.bisections)
+
+
+@dataclass(frozen=True)
+class BrendelBethgeFromFlips(BrendelBethge):
+    """The same in L0, from pixels set to black or white one after the other, the one that helps most by the gradient;
+    where these lead nowhere, from where the other begins."""
+
+    def _start(self, problem: Problem) -> Best:
+        best = Best(problem)
+        flipped = greedy_flips(problem)
+        best.update(rows := flipped.found.nonzero().squeeze(1), flipped.images[rows], flipped.found[rows])
+        missing = (~flipped.found).nonzero().squeeze(1)
+        if len(missing):
+            other = super()._start(problem.rows(missing))
+            best.update(missing, other.images, other.distance.isfinite())
+        return best
 
 
 def trust_region_step(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from absynth.attacks.base import Attack, Classifier
 from absynth.attacks.binary import Thresholded
 from absynth.attacks.boundary_projection import BoundaryProjection
-from absynth.attacks.brendel_bethge import BrendelBethge
+from absynth.attacks.brendel_bethge import BrendelBethge, BrendelBethgeFromFlips
 from absynth.attacks.decision import Boundary
 from absynth.attacks.estimated import Estimated
 from absynth.attacks.foolbox_adapter import METHODS, AutoAttack, Foolbox
@@ -70,10 +70,9 @@ def _all() -> dict[str, Attack]:
         SmallestRadius(Square(LINF), first=0.1, steps=6),
     ]
     attacks += [BrendelBethge(norm) for norm in (L0, L1, L2, LINF)]
-    attacks += [
-        BrendelBethge(norm, trust=trust, momentum=0.9, called="brendel-bethge-wide")
-        for norm, trust in ((L0, 1.0), (L1, 0.3), (L2, 0.3), (LINF, 0.3))
-    ]
+    wide = "brendel-bethge-wide"
+    attacks.append(BrendelBethgeFromFlips(L0, trust=1.0, momentum=0.9, called=wide))
+    attacks += [BrendelBethge(norm, trust=0.3, momentum=0.9, called=wide) for norm in (L1, L2, LINF)]
     attacks += [RampProjection(norm) for norm in (L0, L1, L2, LINF)]
     attacks += [RampGreedy(), Straight(SigmaZero())]
     attacks += [Straight(iterated(norm, "pgd", steps=40, restarts=2)) for norm in (L2, LINF)]
