@@ -125,7 +125,7 @@ class Estimated(Wrapping):
 
     mark = "ge"
     knowledge = "score"
-    queries = "as the inner attack, with 785 to 1,569 predictions, or more, for a gradient of 784 pixels"
+    queries = "as the inner attack, with some 790 to 1,570 predictions, or more, for a gradient of 784 pixels"
 
     def search(self, problem: Problem) -> Proposals:
         classifier, chunk = problem.classifier, self.chunk
