@@ -22,8 +22,9 @@ from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.hop_skip_jump import HopSkipJump
 from absynth.attacks.latent import LatentDescent
 from absynth.attacks.noise import GaussianNoise, SaltAndPepper
-from absynth.attacks.pointwise import Pointwise, reset_pixels
+from absynth.attacks.pointwise import Pointwise
 from absynth.attacks.queries import CountingClassifier
+from absynth.attacks.resetting import reset_pixels
 from absynth.attacks.search import first_on_path, run_procedures, starting_points
 from absynth.attacks.transfer import Transfer
 from absynth.errors import InputError
@@ -203,6 +204,28 @@ def test_procedures_in_a_common_batch_end_as_they_do_alone() -> None:
     for row in range(3):
         (alone,) = run_procedures(task, procedures([row]), [row], chunk=512)
         assert torch.equal(together[row], alone)
+
+
+def test_questions_asked_ahead_of_their_answers_end_at_the_same_image() -> None:
+    task = problem(3, L0)
+    starts, ends, rounds = starting_points(task), {}, {}
+    for ahead in (1, 3, 16):
+        sizes: list[int] = []
+
+        def counting(images: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(len(images))
+            return MODEL(images)
+
+        procedures = [
+            reset_pixels(task.images[r], starts.images[r], np.random.default_rng(r), ahead=ahead) for r in range(3)
+        ]
+        ends[ahead] = run_procedures(replace(task, classifier=counting), procedures, [0, 1, 2], chunk=512)
+        rounds[ahead] = len(sizes)
+        assert max(sizes) <= 3 * ahead
+    for ahead in (3, 16):
+        for here, there in zip(ends[ahead], ends[1], strict=True):
+            assert here is not None and there is not None and torch.equal(here, there)
+    assert rounds[16] < rounds[3] < rounds[1]
 
 
 def test_groups_save_queries_against_one_pixel_at_a_time() -> None:

@@ -20,9 +20,10 @@ from absynth.attacks.decision import Boundary
 from absynth.attacks.gradient import FastGradient, ProjectedGradient
 from absynth.attacks.hop_skip_jump import HopSkipJump
 from absynth.attacks.noise import GaussianNoise, SaltAndPepper
-from absynth.attacks.pointwise import Pointwise, take_back
+from absynth.attacks.pointwise import Pointwise
 from absynth.attacks.queries import can_follow, rows_of
 from absynth.attacks.ramp_projection import RampProjection
+from absynth.attacks.resetting import take_back
 from absynth.attacks.square import Square
 from absynth.errors import InputError
 from absynth.evaluation import evaluate

@@ -17,6 +17,7 @@ from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.brendel_bethge import BrendelBethge
 from absynth.attacks.decision import Boundary
 from absynth.attacks.estimated import Estimated
+from absynth.attacks.following import FARTHER, confirmed
 from absynth.attacks.gradient import FastGradient, ProjectedGradient
 from absynth.attacks.hop_skip_jump import HopSkipJump
 from absynth.attacks.noise import GaussianNoise, SaltAndPepper
@@ -107,6 +108,19 @@ def test_square_asks_cold_where_it_seems_to_be_done_and_goes_on_from_there(
     ratio = norm.distance(warm.images, images) / norm.distance(cold.images, images)
     assert ratio.max() < 1.25
     assert asked and model.asked < 60  # hits are asked about, and nothing is searched a second time
+
+
+def test_what_cannot_go_farther_is_asked_about_once() -> None:
+    images, labels = images_near(MODEL, 6)
+    counted = CountingClassifier(MODEL, 6)
+    never = replace(Goal.untargeted(labels), slack=1e6)
+    problem = Problem(counted, images, never, torch.arange(6), L0)
+    white, gray = images.clone(), images.clone()
+    white[:3, 0, 0], gray[3:, 0, 0] = 1.0, images[3:, 0, 0] / 2 + 0.25
+    assert not confirmed(
+        problem, Proposals(torch.where(white == images, gray, white), counted.forward == 0)
+    ).found.any()
+    assert counted.forward.tolist() == [1, 1, 1, *[len(FARTHER)] * 3]
 
 
 def test_an_image_on_which_a_model_remembers_wrongly_is_searched_cold() -> None:

@@ -12,9 +12,9 @@ from absynth.attacks.base import Attack, Problem, Proposals, per_image
 from absynth.attacks.confirming import what_holds
 from absynth.attacks.following import confirmed, or_else
 from absynth.attacks.greedy import greedy_flips
-from absynth.attacks.pointwise import take_back
 from absynth.attacks.projection import onto_halfspace
 from absynth.attacks.queries import Following, can_follow
+from absynth.attacks.resetting import take_back
 from absynth.attacks.search import Best, clean_to, first_on_path, toward_clean
 from absynth.norms import L0, Norm
 from absynth.responses import threshold_of

@@ -18,7 +18,7 @@ from absynth.attacks.following import or_else
 from absynth.attacks.gradient import FastGradient
 from absynth.attacks.greedy import greedy_flips
 from absynth.attacks.noise import SaltAndPepper
-from absynth.attacks.pointwise import take_back
+from absynth.attacks.resetting import take_back
 from absynth.attacks.search import Best, starting_points, toward_clean
 from absynth.norms import L0, L1, L2, LINF, Norm
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from absynth.attacks.base import Problem, Proposals
 from absynth.attacks.following import confirmed, followed, or_else
 from absynth.attacks.greedy import greedy_flips
-from absynth.attacks.pointwise import take_back
+from absynth.attacks.resetting import take_back
 from absynth.norms import L0
 
 

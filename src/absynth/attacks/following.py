@@ -28,11 +28,15 @@ def confirmed(problem: Problem, said: Proposals) -> Proposals:
     the same a little farther from the clean image, or not found."""
     images, found = problem.images.clone(), torch.zeros_like(said.found)
     todo = said.found.nonzero()[:, 0]
+    asked = torch.full_like(images, torch.nan)
     for share in FARTHER:
-        if not len(todo):
-            break
         clean, far = problem.images[todo], said.images[todo]
         candidates = far if share == 1 else (clean + share * (far - clean)).clamp(0, 1)
+        moved = (candidates != asked[todo]).flatten(1).any(1)  # black and white pixels go no farther
+        todo, candidates = todo[moved], candidates[moved]
+        if not len(todo):
+            break
+        asked[todo] = candidates
         met = problem.rows(todo).met(candidates)
         images[todo[met]], found[todo[met]] = candidates[met], True
         todo = todo[~met]

@@ -16,6 +16,7 @@ from absynth.attacks.base import Attack, Problem, Proposals
 from absynth.attacks.following import confirmed, followed, or_else
 from absynth.attacks.noise import salt_and_pepper
 from absynth.attacks.queries import can_follow
+from absynth.attacks.resetting import reset_pixels, take_back
 from absynth.attacks.search import Best, Procedure, first_on_path, run_procedures
 from absynth.norms import L0, L2, Norm
 
@@ -112,50 +113,3 @@ class Pointwise(Attack):
                 flat[pixel] = far
             if before - float((current - clean).double().square().sum()) <= self.tolerance * before:
                 return current
-
-
-def reset_pixels(clean: Tensor, start: Tensor, rng: np.random.Generator) -> Generator[Tensor, np.ndarray, Tensor]:
-    """Reset pixels of ``start`` (C,H,W), adversarial, to ``clean`` until no single one can be; yields one candidate
-    a time."""
-    current = start.clone(memory_format=torch.contiguous_format)
-    flat, target = current.view(-1), clean.reshape(-1)
-    left = rng.permutation((flat != target).nonzero().squeeze(1).numpy())
-    group = len(left) // 2
-    while group > 1:
-        kept = []
-        for part in np.array_split(left, -(-len(left) // group)):
-            values = flat[part].clone()
-            flat[part] = target[part]
-            margins = yield current.unsqueeze(0).clone()
-            if not margins[0] <= 0:  # no answer, NaN, is no adversarial
-                flat[part] = values
-                kept.append(part)
-        left = rng.permutation(np.concatenate(kept)) if kept else left[:0]
-        group = min(group, len(left)) // 2
-    queue, refused = list(left), 0  # refused: pixels in a row that could not be reset
-    while refused < len(queue):
-        pixel = queue.pop(0)
-        value = float(flat[pixel])
-        flat[pixel] = target[pixel]
-        margins = yield current.unsqueeze(0).clone()
-        if margins[0] <= 0:
-            refused = 0
-        else:
-            flat[pixel] = value
-            queue.append(pixel)
-            refused += 1
-    return current
-
-
-def take_back(problem: Problem, proposals: Proposals, chunk: int = 512) -> Proposals:
-    """Each proposal with every pixel reset that can be: what is left cannot be made sparser by one pixel. The order in
-    which they are tried is the same for every image and seed."""
-    clean, owner = problem.images.cpu(), proposals.found.nonzero().squeeze(1).tolist()
-    procedures: list[Procedure] = [
-        reset_pixels(clean[row], proposals.images[row].cpu(), np.random.default_rng(0)) for row in owner
-    ]
-    images = proposals.images.clone()
-    for row, result in zip(owner, run_procedures(problem, procedures, owner, chunk), strict=True):
-        assert result is not None
-        images[row] = result.to(images)
-    return Proposals(images, proposals.found)

@@ -10,8 +10,8 @@ from torch import Tensor
 from absynth.attacks.base import Attack, Problem, Proposals, draw_normal, generators, per_image
 from absynth.attacks.following import or_else
 from absynth.attacks.greedy import greedy_flips
-from absynth.attacks.pointwise import take_back
 from absynth.attacks.ramp import onto_halfspace, through, tighten
+from absynth.attacks.resetting import take_back
 from absynth.attacks.search import Best, bisect
 from absynth.norms import L0, Norm
 from absynth.responses import Ramp

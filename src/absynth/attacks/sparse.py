@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from absynth.attacks.base import Attack, Problem, Proposals, per_image
-from absynth.attacks.pointwise import take_back
+from absynth.attacks.resetting import take_back
 from absynth.attacks.search import Best
 from absynth.norms import L0, Norm
 
