@@ -15,6 +15,7 @@ from absynth.attacks.foolbox_adapter import METHODS, AutoAttack, Foolbox
 from absynth.attacks.gradient import DeepFool, FastGradient, ProjectedGradient
 from absynth.attacks.hop_skip_jump import HopSkipJump
 from absynth.attacks.latent import LatentDescent
+from absynth.attacks.local_search import LocalSearch
 from absynth.attacks.noise import GaussianNoise, SaltAndPepper
 from absynth.attacks.pointwise import Pointwise
 from absynth.attacks.ramp import Straight, Tightened
@@ -63,6 +64,7 @@ def _all() -> dict[str, Attack]:
     ]
     attacks += [LatentDescent(), LatentDescent(rounds=30)]
     attacks += [BoundaryProjection(norm) for norm in (L0, L1, L2, LINF)]
+    attacks += [LocalSearch(L2), LocalSearch(LINF)]
     attacks += [iterated(norm, "pgd", steps=40, restarts=2) for norm in (L1, L2, LINF)]
     attacks += [
         SigmaZero(),
@@ -140,6 +142,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "boundary-projection-l2",
         "brendel-bethge-l2",
         "brendel-bethge-wide-l2",
+        "local-search-l2",
         "ddn-l2",
         "fmn-l2",
         "carlini-wagner-l2",
@@ -153,6 +156,7 @@ SUITES: dict[str, tuple[str, ...]] = {
         "boundary-projection-linf",
         "brendel-bethge-linf",
         "brendel-bethge-wide-linf",
+        "local-search-linf",
         "fmn-linf",
         "mim-linf",
         "pgd-linf",
