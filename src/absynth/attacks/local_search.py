@@ -34,7 +34,7 @@ class LocalSearch(Attack):
     shares: tuple[float, ...] = (0.975, 0.93, 0.86)
     rounds: int = 8
     offspring: int = 32
-    sizes: tuple[float, ...] = (0.8, 0.4, 0.2, 0.1)
+    sizes: tuple[float, ...] = (0.8, 0.4, 0.2, 0.1, 0.05, 0.025)
     chunk: int = 512
 
     family = "local-search"
@@ -127,7 +127,7 @@ def _back(problem: Problem, best: Best, rows: Tensor, found: Tensor) -> Tensor:
     if len(rows):
         part = problem.rows(rows)
         path = clean_to(part, found)
-        position = first_on_path(part, path, [0.9, 0.95, 0.98, 1.0], bisections=3)
+        position = first_on_path(part, path, [0.9, 0.95, 0.98, 1.0], bisections=6)
         hit = position.isfinite().nonzero()[:, 0]  # asked anew: not one whose answer depends on the batch
         nearer[hit] = best.update(rows[hit], path(hit, position[hit]), torch.ones_like(hit, dtype=torch.bool))
     return nearer
