@@ -42,7 +42,7 @@ class LocalSearch(Attack):
     knowledge = "gradient"
     source = "Rechenberg 1973, Evolutionsstrategie; from the adversarials of absynth's boundary projection"
     deterministic = False
-    queries = "about 60 gradients, 800 to 2,000 predictions"
+    queries = "about 70 gradients, 850 predictions"
     in_small_steps = False  # its start is followed to, everything else asked cold
 
     def __post_init__(self) -> None:
