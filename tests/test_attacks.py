@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ from absynth.attacks.latent import LatentDescent
 from absynth.attacks.noise import GaussianNoise, SaltAndPepper
 from absynth.attacks.pointwise import Pointwise
 from absynth.attacks.queries import CountingClassifier
-from absynth.attacks.resetting import reset_pixels
-from absynth.attacks.search import first_on_path, run_procedures, starting_points
+from absynth.attacks.search import first_on_path, starting_points
 from absynth.attacks.transfer import Transfer
 from absynth.errors import InputError
 from absynth.norms import L0, L2, LINF, NORMS
@@ -183,64 +181,6 @@ def test_pointwise_ends_where_no_pixel_can_be_reset() -> None:
             reset = result.images[row].clone()
             reset.view(-1)[pixel] = task.images[row].reshape(-1)[pixel]
             assert not task.rows(torch.tensor([row])).met(reset.unsqueeze(0)).any()
-
-
-def test_procedures_in_a_common_batch_end_as_they_do_alone() -> None:
-    task = problem(3, L0)
-    starts = starting_points(task)
-    seen: list[int] = []
-
-    def counting(images: Tensor) -> Tensor:
-        seen.append(len(images))
-        return MODEL(images)
-
-    shared = replace(task, classifier=counting)
-
-    def procedures(rows: list[int]) -> list:
-        return [reset_pixels(task.images[r], starts.images[r], np.random.default_rng(r)) for r in rows]
-
-    together = run_procedures(shared, procedures([0, 1, 2]), [0, 1, 2], chunk=2)
-    assert max(seen) == 2 and sum(seen) > 3
-    for row in range(3):
-        (alone,) = run_procedures(task, procedures([row]), [row], chunk=512)
-        assert torch.equal(together[row], alone)
-
-
-def test_questions_asked_ahead_of_their_answers_end_at_the_same_image() -> None:
-    task = problem(3, L0)
-    starts, ends, rounds = starting_points(task), {}, {}
-    for ahead in (1, 3, 16):
-        sizes: list[int] = []
-
-        def counting(images: Tensor, sizes: list[int] = sizes) -> Tensor:
-            sizes.append(len(images))
-            return MODEL(images)
-
-        procedures = [
-            reset_pixels(task.images[r], starts.images[r], np.random.default_rng(r), ahead=ahead) for r in range(3)
-        ]
-        ends[ahead] = run_procedures(replace(task, classifier=counting), procedures, [0, 1, 2], chunk=512)
-        rounds[ahead] = len(sizes)
-        assert max(sizes) <= 3 * ahead
-    for ahead in (3, 16):
-        for here, there in zip(ends[ahead], ends[1], strict=True):
-            assert here is not None and there is not None and torch.equal(here, there)
-    assert rounds[16] < rounds[3] < rounds[1]
-
-
-def test_groups_save_queries_against_one_pixel_at_a_time() -> None:
-    """256 pixels of which 4 matter: far fewer questions than pixels."""
-    clean = torch.zeros(1, 1, 16, 16)
-
-    def needs_four(images: Tensor) -> Tensor:
-        held = images.flatten(1)[:, [3, 77, 150, 200]].amin(1)
-        return torch.stack([0.5 - held, held - 0.5], dim=1)
-
-    counted = CountingClassifier(needs_four, 1)
-    task = Problem(counted, clean, Goal.untargeted(torch.tensor([0])), torch.tensor([0]), L0)
-    (result,) = run_procedures(task, [reset_pixels(clean[0], clean[0] + 1, np.random.default_rng(0))], [0], chunk=8)
-    assert result is not None and result.flatten().nonzero().squeeze(1).tolist() == [3, 77, 150, 200]
-    assert counted.forward.item() < 80
 
 
 def test_a_walk_from_an_island_is_begun_anew_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,24 @@ def test_it_is_never_farther_than_where_it_begins_and_a_row_depends_on_its_seed_
     torch.testing.assert_close(few.images, end.images[2:], atol=1e-5, rtol=0)
 
 
+def test_what_is_adversarial_in_one_batch_alone_does_not_cost_the_adversarial_it_began_at() -> None:
+    images, goal = torch.full((4, 1, 4, 4), 0.5), Goal.untargeted(torch.zeros(4, dtype=torch.int64))
+    fooled = [0]
+
+    def flickers(batch: Tensor) -> Tensor:
+        """As ``jumps`` where many images are asked about at once; otherwise the second pixel does not matter."""
+        if len(batch) > 4:
+            fooled[0] += int((jumps(batch)[:, 0] <= 0).sum())
+            return jumps(batch)
+        flat = batch.flatten(1).clone()
+        flat[:, 1] = 0.5
+        return jumps(flat.view_as(batch))
+
+    found = LocalSearch(L2)(flickers, images, goal, torch.arange(4))
+    assert fooled[0] and found.found.all()
+    torch.testing.assert_close(L2.distance(found.images, images), torch.full((4,), EDGE).double(), atol=1e-3, rtol=0)
+
+
 class Ramped:
     """Prototypes behind a ramp, which hides where most pixels lead."""
 

@@ -54,15 +54,13 @@ class LocalSearch(Attack):
         for attack in self._before(problem):
             start = confirmed(problem, attack.search(problem))
             best.update(torch.arange(len(problem), device=problem.images.device), start.images, start.found)
-        start, rows = best.proposals(), best.distance.isfinite().nonzero()[:, 0]
-        start = Proposals(start.images.clone(), start.found)
+        begun, rows = best.images.clone(), best.distance.isfinite().nonzero()[:, 0]
         for some in rows.split(max(1, self.chunk // self.offspring)):
             self._walk(problem, best, some)
         # An adversarial at the edge of a jump may be none in another batch, by rounding.
-        images = best.images.clone()
-        lost = rows[~problem.rows(rows).met(images[rows])]
-        images[lost] = start.images[lost]
-        return Proposals(images, start.found)
+        lost = rows[~problem.rows(rows).met(best.images[rows])]
+        best.images[lost] = begun[lost]
+        return best.proposals()
 
     def _before(self, problem: Problem) -> list[Attack]:
         """The attacks whose nearest adversarial the search begins at."""
