@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from absynth.attacks.base import Goal
+from absynth.attacks.base import Goal, Problem
 from absynth.attacks.boundary_projection import BoundaryProjection
 from absynth.attacks.local_search import LocalSearch
 from absynth.attacks.ramp_projection import RampProjection
+from absynth.attacks.search import Best
 from absynth.errors import InputError
 from absynth.norms import L0, L1, L2, LINF, Norm
 from absynth.responses import Ramp
@@ -66,6 +67,20 @@ def test_what_is_adversarial_in_one_batch_alone_does_not_cost_the_adversarial_it
     found = LocalSearch(L2)(flickers, images, goal, torch.arange(4))
     assert fooled[0] and found.found.all()
     torch.testing.assert_close(L2.distance(found.images, images), torch.full((4,), EDGE).double(), atol=1e-3, rtol=0)
+
+
+def test_where_the_last_answer_is_another_the_adversarial_it_began_at_is_returned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, labels = images_near(MODEL, 6)
+    goal, seeds = Goal.untargeted(labels), torch.arange(6)
+
+    def misled(_: LocalSearch, problem: Problem, best: Best, todo: Tensor) -> None:
+        best.images[todo[::2]] = problem.images[todo[::2]]  # which it took for adversarial while it searched
+
+    monkeypatch.setattr(LocalSearch, "_walk", misled)
+    begin, end = (attack(MODEL, images, goal, seeds) for attack in (BoundaryProjection(L2), LocalSearch(L2)))
+    assert end.found.all() and torch.equal(begin.images, end.images)
 
 
 class Ramped:
